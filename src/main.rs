@@ -1,0 +1,3 @@
+//! The `firth` command.
+
+fn main() {}

@@ -1,0 +1,42 @@
+//! Bytes ⇄ values: what crosses a socket or lies on a disk.
+
+/// Entries of a shard's Raft log (`proto/firth/entry.proto`).
+pub mod entry {
+    #![allow(missing_debug_implementations, reason = "generated")]
+    include!(concat!(env!("OUT_DIR"), "/firth.entry.v1.rs"));
+
+    /// Version of [`Entry`] and [`Body`] that this build writes, and the newest it applies.
+    pub const VERSION: u32 = 1;
+}
+
+/// Entries and snapshots of the control group (`proto/firth/control.proto`).
+pub mod control {
+    include!(concat!(env!("OUT_DIR"), "/firth.control.v1.rs"));
+
+    /// Version of [`Entry`] and [`Snapshot`] that this build writes, and the newest it applies.
+    pub const VERSION: u32 = 1;
+}
+
+/// What nodes say to each other (`proto/firth/peer.proto`).
+pub mod peer {
+    include!(concat!(env!("OUT_DIR"), "/firth.peer.v1.rs"));
+
+    /// Version of everything between nodes that this build speaks.
+    pub const VERSION: u32 = 1;
+}
+
+/// State in log segments beside Raft entries (`proto/firth/segment.proto`).
+pub mod segment {
+    include!(concat!(env!("OUT_DIR"), "/firth.segment.v1.rs"));
+
+    /// Version of the data directory that this build writes, and the newest it opens.
+    pub const VERSION: u32 = 1;
+}
+
+/// Derived state in snapshots (`proto/firth/checkpoint.proto`).
+pub mod checkpoint {
+    include!(concat!(env!("OUT_DIR"), "/firth.checkpoint.v1.rs"));
+
+    /// Version of [`Shard`] that this build writes, and the newest it reads.
+    pub const VERSION: u32 = 1;
+}
