@@ -1,5 +1,9 @@
 //! Firth: a clustered edge broker. Each module is a room; `tests/tidy.rs` holds who may import whom.
 
+pub mod channel;
+pub mod cluster;
+pub mod placement;
+pub mod raft;
 pub mod stdx;
 pub mod tasks;
 pub mod types;

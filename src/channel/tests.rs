@@ -1,0 +1,194 @@
+//! The shard against a plain reference, and its promises one by one.
+#![cfg(test)]
+
+use proptest::prelude::*;
+use prost::Message as _;
+
+use super::*;
+use crate::types::{ChannelKey, ChannelName, Serial};
+use crate::wire::entry;
+
+fn key(name: &str) -> ChannelKey {
+    ChannelKey {
+        app: "app".parse().unwrap(),
+        name: ChannelName::parse(name).unwrap(),
+    }
+}
+
+fn publish(channel: &str, id: &str) -> entry::Publish {
+    entry::Publish {
+        app: "app".into(),
+        channel: channel.into(),
+        id: id.into(),
+        count: 1,
+        ..Default::default()
+    }
+}
+
+fn from_kafka(epoch: u64, offset: i64) -> entry::Publish {
+    let source = entry::Source {
+        bridge: "b".into(),
+        topic: "t".into(),
+        partition: 0,
+        offset,
+        epoch,
+    };
+    entry::Publish {
+        source: Some(source),
+        ..publish("k", &format!("kafka:{offset}"))
+    }
+}
+
+fn apply(shard: &mut Shard, index: u64, stamp_ms: u64, publishes: Vec<entry::Publish>) -> Vec<Outcome> {
+    let entry = entry::Entry {
+        version: entry::VERSION,
+        stamp_ms,
+        publishes,
+    };
+    let applied = shard.apply(index, entry.encode_to_vec().into()).unwrap();
+    shard.check_invariants();
+    applied.outcomes
+}
+
+fn at(index: u64, position: u16) -> Serial {
+    Serial {
+        incarnation: 1,
+        index,
+        position,
+    }
+}
+
+const MINUTE: u64 = 60_000;
+
+#[test]
+fn a_repeated_publish_is_stored_once_and_answered_with_its_first_serial() {
+    let mut shard = Shard::new(1);
+    let twice = vec![publish("a", "c:0"), publish("a", "c:0"), publish("b", "c:0")];
+    let outcomes = apply(&mut shard, 5, 0, twice);
+    let first = Outcome::Stored(at(5, 0));
+    assert_eq!(outcomes, [first, Outcome::Duplicate(Some(at(5, 0))), Outcome::Stored(at(5, 2))]);
+    assert!(shard.is_dropped(5, 1) && !shard.is_dropped(5, 0));
+    assert_eq!(shard.seen(&key("a"), "c:0"), Some(at(5, 0)));
+}
+
+#[test]
+fn a_record_and_its_key_are_gone_after_the_retention_by_stamps() {
+    let mut shard = Shard::new(1);
+    apply(&mut shard, 1, 0, vec![publish("a", "x")]);
+    apply(&mut shard, 2, 2 * MINUTE - 1, vec![publish("a", "y")]);
+    assert_eq!(shard.after(&key("a"), Serial::default().with(1), 9).unwrap().len(), 2);
+    assert!(shard.has_due(2 * MINUTE) && !shard.has_due(2 * MINUTE - 1));
+    apply(&mut shard, 3, 2 * MINUTE, vec![]);
+    assert_eq!(shard.seen(&key("a"), "x"), None);
+    assert_eq!(shard.after(&key("a"), at(0, 0), 9), Err(Behind { floor: at(1, 0) }));
+    let left = shard.after(&key("a"), at(1, 0), 9).unwrap();
+    assert_eq!((left.len(), left[0].predecessor), (1, Some(at(1, 0))));
+}
+
+#[test]
+fn a_clock_that_goes_back_does_not_take_stamps_back() {
+    let mut shard = Shard::new(1);
+    apply(&mut shard, 1, 1000, vec![publish("a", "x")]);
+    apply(&mut shard, 2, 10, vec![publish("a", "y")]);
+    let stamps: Vec<u64> = shard.newest(&key("a"), None, 9).iter().map(|r| r.stamp_ms).collect();
+    assert_eq!(stamps, [1000, 1000]);
+}
+
+#[test]
+fn an_empty_channel_still_knows_where_it_ended_and_is_forgotten_in_the_end() {
+    let mut shard = Shard::new(1);
+    apply(&mut shard, 1, 0, vec![publish("a", "x")]);
+    apply(&mut shard, 2, 3 * MINUTE, vec![]);
+    assert!(shard.after(&key("a"), at(0, 0), 9).is_err(), "its record is gone");
+    assert!(shard.after(&key("b"), at(0, 0), 9).is_ok(), "nothing was there to miss");
+    apply(&mut shard, 3, 3 * MINUTE + 86_400_000, vec![]);
+    assert_eq!(shard.sizes(), (0, 0));
+    assert!(shard.after(&key("a"), at(0, 0), 9).is_err(), "a serial that old proves nothing");
+    assert!(shard.after(&key("a"), at(1, 0), 9).is_ok());
+}
+
+#[test]
+fn a_serial_of_another_incarnation_proves_nothing() {
+    let shard = Shard::new(2);
+    assert!(shard.after(&key("a"), at(9, 0), 1).is_err());
+}
+
+#[test]
+fn kafka_replays_are_dropped_and_replaced_owners_refused() {
+    let mut shard = Shard::new(1);
+    let records = vec![from_kafka(1, 10), from_kafka(1, 12), from_kafka(1, 12)];
+    let outcomes = apply(&mut shard, 1, 0, records);
+    assert_eq!(outcomes[2], Outcome::Duplicate(None));
+    let records = vec![from_kafka(2, 11), from_kafka(2, 13), from_kafka(1, 14)];
+    let outcomes = apply(&mut shard, 2, 0, records);
+    assert_eq!(outcomes, [Outcome::Duplicate(None), Outcome::Stored(at(2, 1)), Outcome::Fenced]);
+}
+
+#[test]
+fn a_newer_entry_stops_the_replica_untouched() {
+    let mut shard = Shard::new(1);
+    let entry = entry::Entry {
+        version: entry::VERSION + 1,
+        ..Default::default()
+    };
+    let before = shard.clone();
+    let err = shard.apply(1, entry.encode_to_vec().into()).unwrap_err();
+    assert_eq!(err, Error::NewerVersion { index: 1, found: entry::VERSION + 1 });
+    assert!(shard.apply(1, vec![0xff; 3].into()).is_err());
+    assert_eq!(shard, before);
+}
+
+impl Serial {
+    fn with(self, incarnation: u16) -> Self {
+        Self { incarnation, ..self }
+    }
+}
+
+/// What the shard should do, with lists instead of indexes.
+#[derive(Default)]
+struct Reference {
+    clock: u64,
+    records: Vec<(String, String, u64, Serial)>,
+}
+
+impl Reference {
+    fn publish(&mut self, channel: &str, id: &str, serial: Serial) -> Outcome {
+        let same = |r: &&(String, String, u64, Serial)| r.0 == channel && r.1 == id;
+        if let Some(first) = self.records.iter().find(same) {
+            return Outcome::Duplicate(Some(first.3));
+        }
+        let expires = self.clock + 2 * MINUTE;
+        self.records.push((channel.into(), id.into(), expires, serial));
+        Outcome::Stored(serial)
+    }
+}
+
+proptest! {
+    #[test]
+    fn behaves_like_the_reference_and_survives_its_checkpoint(
+        entries in prop::collection::vec(
+            (0..90_000_u64, prop::collection::vec((0..4_u8, 0..6_u8), 0..5)), 1..40)
+    ) {
+        let (mut shard, mut reference) = (Shard::new(1), Reference::default());
+        for (index, (step, publishes)) in (1..).zip(entries) {
+            reference.clock += step;
+            let batch = publishes.iter().map(|(c, id)| publish(&format!("c{c}"), &format!("i{id}"))).collect();
+            let outcomes = apply(&mut shard, index, reference.clock, batch);
+            let expected: Vec<Outcome> = (0..).zip(&publishes).map(|(position, (c, id))| {
+                reference.publish(&format!("c{c}"), &format!("i{id}"), at(index, position))
+            }).collect();
+            prop_assert_eq!(outcomes, expected);
+            let clock = reference.clock;
+            reference.records.retain(|r| r.2 > clock);
+            let copy = Shard::decode(shard.encode()).unwrap();
+            prop_assert_eq!(&copy, &shard);
+            prop_assert_eq!(copy.encode(), shard.encode());
+            for channel in 0..4 {
+                let name = format!("c{channel}");
+                let newest: Vec<Serial> = shard.newest(&key(&name), None, 99).iter().rev().map(|r| r.serial).collect();
+                let held: Vec<Serial> = reference.records.iter().filter(|r| r.0 == name).map(|r| r.3).collect();
+                prop_assert_eq!(newest, held);
+            }
+        }
+    }
+}

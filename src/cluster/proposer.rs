@@ -1,0 +1,248 @@
+//! The leader's side of publishing: gathers what waits for a shard into one Raft entry at a time.
+//!
+//! One entry is in flight per shard. While it is made durable the next one gathers, so throughput comes from the
+//! size of entries; and an entry that fails can never be overtaken by a later one that succeeds, which is what
+//! keeps each publisher's order.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+
+use crate::channel::Outcome;
+use crate::cluster::lane::key_of;
+use crate::cluster::replica::State;
+use crate::raft::{Group, Response};
+use crate::wire::entry;
+
+/// Bytes of publishes in one entry; a single larger publish goes alone.
+const ENTRY_BYTES: usize = 512 * 1024;
+/// Publishes in one entry.
+const ENTRY_PUBLISHES: usize = 8192;
+/// How often a leader looks whether time alone has changed something.
+const TICK: Duration = Duration::from_secs(5);
+/// Batches that wait for the proposer beyond the entry in flight. What they hold is paid for by the lanes.
+const QUEUE: usize = 256;
+
+/// The session's publishes from here on were not proposed, or their fate is unknown: send them again, in order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Broken;
+
+pub(super) type Answer = Result<Vec<Outcome>, Broken>;
+
+struct Batch {
+    session_epoch: u64,
+    publishes: Vec<entry::Publish>,
+    answer_tx: mpsc::UnboundedSender<Answer>,
+}
+
+/// A handle to a shard's proposer.
+#[derive(Clone, Debug)]
+pub(super) struct Proposer {
+    batch_tx: mpsc::Sender<Batch>,
+    epoch: Arc<AtomicU64>,
+}
+
+/// One publisher's ordered way into the proposer.
+///
+/// Invariant: answers come in the order of the publishes; after `Broken` nothing sent on this session is proposed.
+#[derive(Debug)]
+pub(super) struct Session {
+    proposer: Proposer,
+    epoch: u64,
+    answer_tx: mpsc::UnboundedSender<Answer>,
+}
+
+impl Proposer {
+    /// The handle, and the task's body.
+    pub(super) fn new(group: Group, state: State) -> (Self, Task) {
+        let (batch_tx, batch_rx) = mpsc::channel(QUEUE);
+        let epoch = Arc::new(AtomicU64::new(0));
+        let task = Task {
+            group,
+            state,
+            batch_rx,
+            epoch: epoch.clone(),
+        };
+        (Self { batch_tx, epoch }, task)
+    }
+
+    /// Opens a session. The answers' channel is unbounded: a session never has more in flight than its lane paid
+    /// for.
+    pub(super) fn open(&self) -> (Session, mpsc::UnboundedReceiver<Answer>) {
+        let (answer_tx, answer_rx) = mpsc::unbounded_channel();
+        let session = Session {
+            proposer: self.clone(),
+            epoch: self.epoch.load(Ordering::Acquire),
+            answer_tx,
+        };
+        (session, answer_rx)
+    }
+}
+
+impl Session {
+    /// Hands publishes over, waiting while the proposer has too much. `Err` when the node stops.
+    pub(super) async fn send(&self, publishes: Vec<entry::Publish>) -> Result<(), Broken> {
+        let batch = Batch {
+            session_epoch: self.epoch,
+            publishes,
+            answer_tx: self.answer_tx.clone(),
+        };
+        self.proposer.batch_tx.send(batch).await.map_err(|_| Broken)
+    }
+}
+
+/// The proposer's state, owned by its task.
+pub(super) struct Task {
+    group: Group,
+    state: State,
+    batch_rx: mpsc::Receiver<Batch>,
+    epoch: Arc<AtomicU64>,
+}
+
+impl Task {
+    pub(super) async fn run(mut self, token: CancellationToken) -> anyhow::Result<()> {
+        let mut tick = tokio::time::interval(TICK);
+        loop {
+            let first = tokio::select! {
+                () = token.cancelled() => return Ok(()),
+                batch = self.batch_rx.recv() => match batch {
+                    Some(batch) => Some(batch),
+                    None => return Ok(()),
+                },
+                _ = tick.tick() => None,
+            };
+            match first {
+                Some(first) => self.on_batch(first).await,
+                None => self.on_tick().await,
+            }
+        }
+    }
+
+    async fn on_batch(&mut self, first: Batch) {
+        let mut batches = vec![first];
+        let size = |batch: &Batch| batch.publishes.iter().map(entry::Publish::encoded_len).sum();
+        let mut bytes: usize = size(&batches[0]);
+        let mut publishes = batches[0].publishes.len();
+        while bytes < ENTRY_BYTES && publishes < ENTRY_PUBLISHES {
+            let Ok(batch) = self.batch_rx.try_recv() else {
+                break;
+            };
+            bytes += size(&batch);
+            publishes += batch.publishes.len();
+            batches.push(batch);
+        }
+        let epoch = self.epoch.load(Ordering::Acquire);
+        batches.retain(|batch| {
+            let alive = batch.session_epoch == epoch;
+            if !alive {
+                answer(batch, Err(Broken));
+            }
+            alive
+        });
+        self.propose(batches).await;
+    }
+
+    async fn propose(&mut self, mut batches: Vec<Batch>) {
+        let counts: Vec<usize> = batches.iter().map(|batch| batch.publishes.len()).collect();
+        let mut plan = Plan::default();
+        {
+            let state = self.state.read();
+            for publish in batches.iter_mut().flat_map(|batch| batch.publishes.drain(..)) {
+                // A retry of what is stored already needs no entry: retries cost nothing but this look.
+                let seen = match publish.source {
+                    None => key_of(&publish).and_then(|key| state.seen(&key, &publish.id)),
+                    Some(_) => None,
+                };
+                plan.add(publish, seen);
+            }
+        }
+        let outcomes = match plan.entry() {
+            None => plan.merge(Vec::new()),
+            Some(entry) => match self.group.propose(entry).await {
+                Ok((_, Response::Publishes(proposed))) => plan.merge(proposed),
+                Ok((_, response)) => {
+                    tracing::error!(?response, "a publish entry was answered as something else");
+                    None
+                }
+                Err(err) => {
+                    tracing::debug!(group = %self.group.id(), error = %err, "entry failed");
+                    None
+                }
+            },
+        };
+        let Some(mut outcomes) = outcomes else {
+            // Everything gathered for this epoch may depend on what just failed.
+            self.epoch.fetch_add(1, Ordering::AcqRel);
+            batches.iter().for_each(|batch| answer(batch, Err(Broken)));
+            return;
+        };
+        for (batch, count) in batches.iter().zip(counts) {
+            let rest = outcomes.split_off(count);
+            answer(batch, Ok(std::mem::replace(&mut outcomes, rest)));
+        }
+    }
+
+    /// Lets retention advance on a shard nobody publishes to.
+    async fn on_tick(&self) {
+        if self.state.read().has_due(now_ms()) {
+            let entry = entry::Entry {
+                version: entry::VERSION,
+                stamp_ms: now_ms(),
+                publishes: Vec::new(),
+            };
+            // Only the leader's succeeds, and nothing depends on when it does.
+            let _ = self.group.propose(entry.encode_to_vec().into()).await;
+        }
+    }
+}
+
+fn answer(batch: &Batch, answer: Answer) {
+    // A session that is gone needs no answer.
+    let _ = batch.answer_tx.send(answer);
+}
+
+/// What of a batch goes into the entry, and what is answered without one.
+#[derive(Default)]
+struct Plan {
+    /// In the order of the publishes; `None`: the entry decides.
+    known: Vec<Option<Outcome>>,
+    proposed: Vec<entry::Publish>,
+}
+
+impl Plan {
+    fn add(&mut self, publish: entry::Publish, seen: Option<crate::types::Serial>) {
+        self.known.push(seen.map(|first| Outcome::Duplicate(Some(first))));
+        if seen.is_none() {
+            self.proposed.push(publish);
+        }
+    }
+
+    /// The encoded entry; `None` when nothing is to be proposed.
+    fn entry(&mut self) -> Option<Bytes> {
+        let publishes = std::mem::take(&mut self.proposed);
+        let entry = entry::Entry {
+            version: entry::VERSION,
+            stamp_ms: now_ms(),
+            publishes,
+        };
+        (!entry.publishes.is_empty()).then(|| entry.encode_to_vec().into())
+    }
+
+    /// All outcomes in order; `None` when the entry's do not fit the plan.
+    fn merge(self, proposed: Vec<Outcome>) -> Option<Vec<Outcome>> {
+        let mut proposed = proposed.into_iter();
+        let merged = self.known.into_iter().map(|known| known.or_else(|| proposed.next()));
+        let merged: Option<Vec<Outcome>> = merged.collect();
+        merged.filter(|_| proposed.next().is_none())
+    }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,241 @@
+//! The registry: what every node knows of the cluster, replicated by the control group.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use prost::Message as _;
+use tokio::sync::watch;
+
+use crate::placement::Assignment;
+use crate::raft::{Machine, Response};
+use crate::types::NodeId;
+use crate::wire::control;
+
+/// Slots that each bridge's partitions are spread over. Fixed: a partition's slot is its hash modulo this.
+pub const BRIDGE_SLOTS: u32 = 16;
+
+/// The registry at one position of the control log.
+#[derive(Clone, Debug, Default)]
+pub struct Registry {
+    /// `None` until the cluster is born.
+    pub bootstrap: Option<Arc<control::Bootstrap>>,
+    pub bridges: BTreeMap<String, BridgeState>,
+}
+
+/// What is known of one bridge's reading side.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BridgeState {
+    pub slots: BTreeMap<u32, Assignment>,
+    /// Topic and partition to the offset below which every record is in its channel.
+    pub floors: BTreeMap<(String, i32), i64>,
+}
+
+impl Registry {
+    fn apply(&mut self, entry: control::Entry) -> Result<(), String> {
+        use control::entry::Command;
+        match entry.command.ok_or("the entry has no command this build knows")? {
+            Command::Bootstrap(bootstrap) => {
+                if self.bootstrap.is_none() {
+                    self.bootstrap = Some(Arc::new(bootstrap));
+                }
+                Ok(())
+            }
+            Command::AssignSlots(change) => self.assign(change),
+            Command::AdvanceFloors(change) => self.advance(change),
+        }
+    }
+
+    fn assign(&mut self, change: control::AssignSlots) -> Result<(), String> {
+        let state = self.bridges.entry(change.bridge).or_default();
+        let stale = |slot: &&control::Slot| {
+            slot.epoch != state.slots.get(&slot.slot).map_or(1, |at| at.epoch + 1)
+        };
+        if let Some(slot) = change.slots.iter().find(stale) {
+            return Err(format!("slot {} has been assigned meanwhile", slot.slot));
+        }
+        for slot in change.slots {
+            let (node, epoch) = (NodeId(slot.node), slot.epoch);
+            state.slots.insert(slot.slot, Assignment { node, epoch });
+        }
+        Ok(())
+    }
+
+    fn advance(&mut self, change: control::AdvanceFloors) -> Result<(), String> {
+        let state = self.bridges.entry(change.bridge).or_default();
+        let fenced = |floor: &&control::Floor| {
+            state.slots.get(&floor.slot).is_none_or(|at| at.epoch != floor.epoch)
+        };
+        if let Some(floor) = change.floors.iter().find(fenced) {
+            return Err(format!("slot {} has another owner", floor.slot));
+        }
+        for floor in change.floors {
+            let known = state.floors.entry((floor.topic, floor.partition));
+            let known = known.or_insert(floor.offset);
+            *known = floor.offset.max(*known);
+        }
+        Ok(())
+    }
+
+    fn encode(&self) -> Bytes {
+        let slot = |(slot, at): (&u32, &Assignment)| control::Slot {
+            slot: *slot,
+            node: at.node.0,
+            epoch: at.epoch,
+        };
+        let floor = |((topic, partition), offset): (&(String, i32), &i64)| control::Floor {
+            topic: topic.clone(),
+            partition: *partition,
+            offset: *offset,
+            ..Default::default()
+        };
+        let bridges = self.bridges.iter().map(|(id, state)| control::BridgeState {
+            bridge: id.clone(),
+            slots: state.slots.iter().map(slot).collect(),
+            floors: state.floors.iter().map(floor).collect(),
+        });
+        let snapshot = control::Snapshot {
+            version: control::VERSION,
+            bootstrap: self.bootstrap.as_deref().cloned(),
+            bridges: bridges.collect(),
+        };
+        snapshot.encode_to_vec().into()
+    }
+
+    fn decode(bytes: Bytes) -> Result<Self, String> {
+        let snapshot = control::Snapshot::decode(bytes).map_err(|err| err.to_string())?;
+        check_version(snapshot.version)?;
+        let mut registry = Self {
+            bootstrap: snapshot.bootstrap.map(Arc::new),
+            ..Self::default()
+        };
+        for bridge in snapshot.bridges {
+            let state = registry.bridges.entry(bridge.bridge).or_default();
+            for slot in bridge.slots {
+                let (node, epoch) = (NodeId(slot.node), slot.epoch);
+                state.slots.insert(slot.slot, Assignment { node, epoch });
+            }
+            for floor in bridge.floors {
+                let key = (floor.topic, floor.partition);
+                state.floors.insert(key, floor.offset);
+            }
+        }
+        Ok(registry)
+    }
+}
+
+fn check_version(found: u32) -> Result<(), String> {
+    if found > control::VERSION {
+        let known = control::VERSION;
+        return Err(format!("control entry has version {found}; this build applies up to {known}"));
+    }
+    Ok(())
+}
+
+/// The registry as a replicated state machine that tells its followers.
+pub(super) struct ControlMachine {
+    registry: Registry,
+    registry_tx: watch::Sender<Arc<Registry>>,
+    applied_tx: watch::Sender<u64>,
+}
+
+impl ControlMachine {
+    pub(super) fn new() -> (Self, watch::Receiver<Arc<Registry>>, watch::Receiver<u64>) {
+        let (registry_tx, registry_rx) = watch::channel(Arc::default());
+        let (applied_tx, applied_rx) = watch::channel(0);
+        let machine = Self {
+            registry: Registry::default(),
+            registry_tx,
+            applied_tx,
+        };
+        (machine, registry_rx, applied_rx)
+    }
+}
+
+impl Machine for ControlMachine {
+    fn apply(&mut self, index: u64, payload: Bytes) -> Result<Response, String> {
+        let entry = control::Entry::decode(payload).map_err(|err| err.to_string())?;
+        check_version(entry.version)?;
+        let result = self.registry.apply(entry);
+        self.registry_tx.send_replace(Arc::new(self.registry.clone()));
+        self.applied_tx.send_replace(index);
+        Ok(Response::Control(result))
+    }
+
+    fn skip(&mut self, index: u64) {
+        self.applied_tx.send_replace(index);
+    }
+
+    fn checkpoint(&self) -> Bytes {
+        self.registry.encode()
+    }
+
+    fn restore(&mut self, state: Bytes) -> Result<(), String> {
+        self.registry = Registry::decode(state)?;
+        self.registry_tx.send_replace(Arc::new(self.registry.clone()));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use control::entry::Command;
+
+    fn apply(registry: &mut Registry, command: Command) -> Result<(), String> {
+        registry.apply(control::Entry {
+            version: control::VERSION,
+            stamp_ms: 0,
+            command: Some(command),
+        })
+    }
+
+    fn assign(slot: u32, node: u64, epoch: u64) -> Command {
+        let slots = vec![control::Slot { slot, node, epoch }];
+        Command::AssignSlots(control::AssignSlots {
+            bridge: "b".into(),
+            slots,
+        })
+    }
+
+    fn advance(offset: i64, epoch: u64) -> Command {
+        let floor = control::Floor {
+            topic: "t".into(),
+            partition: 0,
+            offset,
+            slot: 3,
+            epoch,
+        };
+        Command::AdvanceFloors(control::AdvanceFloors {
+            bridge: "b".into(),
+            floors: vec![floor],
+        })
+    }
+
+    #[test]
+    fn a_cluster_is_born_once() {
+        let mut registry = Registry::default();
+        for shards in [16, 99] {
+            let bootstrap = control::Bootstrap {
+                shards,
+                ..Default::default()
+            };
+            apply(&mut registry, Command::Bootstrap(bootstrap)).unwrap();
+        }
+        assert_eq!(registry.bootstrap.unwrap().shards, 16);
+    }
+
+    #[test]
+    fn a_slot_changes_hands_only_from_its_present_epoch_and_a_former_owner_moves_no_floor() {
+        let mut registry = Registry::default();
+        apply(&mut registry, assign(3, 1, 1)).unwrap();
+        assert!(apply(&mut registry, assign(3, 2, 1)).is_err(), "decided on old knowledge");
+        apply(&mut registry, advance(10, 1)).unwrap();
+        apply(&mut registry, assign(3, 2, 2)).unwrap();
+        assert!(apply(&mut registry, advance(20, 1)).is_err());
+        apply(&mut registry, advance(5, 2)).unwrap();
+        assert_eq!(registry.bridges["b"].floors[&("t".into(), 0)], 10, "a floor never sinks");
+        let copy = Registry::decode(registry.encode()).unwrap();
+        assert_eq!(copy.bridges, registry.bridges);
+    }
+}
