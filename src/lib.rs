@@ -5,6 +5,7 @@ pub mod cluster;
 pub mod placement;
 pub mod raft;
 pub mod stdx;
+pub mod storage;
 pub mod tasks;
 pub mod types;
 pub mod wire;

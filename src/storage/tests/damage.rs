@@ -1,0 +1,159 @@
+//! What a crash explains is cut off; what it does not explain is refused.
+
+use super::*;
+use crate::storage::frame::{self, Frame, Kind};
+
+const FIRST: &str = "00000001.log";
+
+/// A disk with two acknowledged appends, not closed, and where the last one begins and ends.
+fn two_appends() -> (MemoryDisk, usize, usize) {
+    let disk = MemoryDisk::default();
+    let log = open(&disk);
+    let group = log.group(GroupId(1));
+    append(&group, entries(1, 1..4));
+    append(&group, entries(1, 4..5));
+    let disk = cut(&disk);
+    let end = segment::HEADER + 4 * (frame::HEADER + 100);
+    assert_eq!(disk.bytes(FIRST).len(), end);
+    (disk, end - frame::HEADER - 100, end)
+}
+
+#[test]
+fn a_last_frame_torn_at_any_byte_is_cut_for_good() {
+    let (disk, start, end) = two_appends();
+    let whole = disk.bytes(FIRST);
+    for at in start..end {
+        for fill in [None, Some(0), Some(0xaa)] {
+            let mut torn = whole[..at].to_vec();
+            torn.resize(if fill.is_some() { end + 600 } else { at }, fill.unwrap_or(0));
+            if torn.starts_with(&whole) {
+                continue;
+            }
+            disk.put_bytes(FIRST, torn);
+            let log = open(&disk);
+            let group = log.group(GroupId(1));
+            assert_eq!(all(&group), entries(1, 1..4), "torn at {at}");
+            let left = disk.bytes(FIRST);
+            assert!(left[start..].iter().all(|byte| *byte == 0), "remains of {at}");
+            append(&group, entries(2, 4..6));
+            log.close().unwrap();
+            let group = open(&disk).group(GroupId(1));
+            assert_eq!(all(&group), [entries(1, 1..4), entries(2, 4..6)].concat());
+            drop(group);
+            disk.put_bytes(FIRST, whole.clone());
+            wait_unlocked(&disk);
+        }
+    }
+}
+
+/// The log that was dropped without being closed lets go of the directory a moment later.
+fn wait_unlocked(disk: &MemoryDisk) {
+    while crate::storage::Disk::try_lock(disk, "lock").unwrap().is_none() {
+        std::thread::yield_now();
+    }
+}
+
+#[test]
+fn a_flip_before_what_was_acknowledged_is_refused() {
+    let (disk, start, _) = two_appends();
+    let whole = disk.bytes(FIRST);
+    for at in 0..start {
+        let mut bad = whole.clone();
+        bad[at] ^= 0x10;
+        disk.put_bytes(FIRST, bad.clone());
+        let error = try_open(&disk).unwrap_err();
+        let Error::Damaged { file, offset, .. } = &error else {
+            panic!("byte {at}: {error}");
+        };
+        assert!(file.ends_with(FIRST) && *offset <= at as u64 && at as u64 - offset < 156, "byte {at}: {error}");
+        assert_eq!(disk.bytes(FIRST), bad, "changed the evidence");
+    }
+}
+
+#[test]
+fn any_flip_after_a_clean_close_is_refused() {
+    let disk = MemoryDisk::default();
+    let log = open(&disk);
+    append(&log.group(GroupId(1)), entries(1, 1..4));
+    log.close().unwrap();
+    let whole = disk.bytes(FIRST);
+    let end = segment::HEADER + 3 * (frame::HEADER + 100);
+    for at in 0..end {
+        let mut bad = whole.clone();
+        bad[at] ^= 0x10;
+        disk.put_bytes(FIRST, bad);
+        assert!(matches!(try_open(&disk).unwrap_err(), Error::Damaged { .. }), "byte {at}");
+    }
+}
+
+#[test]
+fn a_batch_may_be_torn_out_of_order() {
+    let (disk, _, _) = two_appends();
+    let log = open(&disk);
+    append(&log.group(GroupId(1)), entries(1, 5..8));
+    let mut bytes = cut(&disk).bytes(FIRST);
+    // The first of three entries that were synced together did not reach the disk, the others did.
+    bytes[segment::HEADER + 4 * 156 + 60] ^= 1;
+    let disk = cut(&disk);
+    disk.put_bytes(FIRST, bytes);
+    assert_eq!(all(&open(&disk).group(GroupId(1))), entries(1, 1..5));
+}
+
+#[test]
+fn a_hole_or_a_missing_segment_is_refused() {
+    let disk = MemoryDisk::default();
+    let log = open(&disk);
+    let group = log.group(GroupId(1));
+    for index in 1..100 {
+        append(&group, entries(1, index..index + 1));
+    }
+    log.close().unwrap();
+    for name in ["00000001.log", "00000002.log"] {
+        let disk = cut(&disk);
+        crate::storage::Disk::remove(&disk, name).unwrap();
+        let error = try_open(&disk).unwrap_err();
+        assert!(matches!(error, Error::Hole { group: 1, .. }), "{error}");
+    }
+    let (disk, start, end) = two_appends();
+    let mut bytes = disk.bytes(FIRST);
+    let incarnation = frame::u64_at(&bytes, 24);
+    bytes.truncate(start);
+    let gap = entry(1, 6, 100);
+    let frame = Frame {
+        group: 1,
+        id: gap.id,
+        payload: &gap.payload,
+        ..Frame::bare(Kind::Entry)
+    };
+    frame.encode(incarnation, start as u64, &mut bytes);
+    assert_eq!(bytes.len(), end);
+    disk.put_bytes(FIRST, bytes);
+    let error = try_open(&disk).unwrap_err();
+    assert!(error.to_string().contains("entry 6 follows entry 3"), "{error}");
+}
+
+#[test]
+fn newer_segments_and_frames_are_refused_by_version() {
+    let (disk, start, end) = two_appends();
+    let whole = disk.bytes(FIRST);
+    let sum = |bytes: &[u8], at: usize| {
+        let sum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..at]), &bytes[at + 4..]);
+        sum.to_le_bytes()
+    };
+    let mut header = whole.clone();
+    header[8] = 2;
+    let of_header = sum(&header[..segment::HEADER], 12);
+    header[12..16].copy_from_slice(&of_header);
+    let mut frame = whole.clone();
+    frame[start + 8] = 3;
+    let of_frame = sum(&frame[start..end], 4);
+    frame[start + 4..start + 8].copy_from_slice(&of_frame);
+    for (bytes, version) in [(header, 2), (frame, 3)] {
+        disk.put_bytes(FIRST, bytes);
+        let error = try_open(&disk).unwrap_err();
+        let Error::NewerVersion { file, found, supported: 1 } = &error else {
+            panic!("{error}");
+        };
+        assert!(file.ends_with(FIRST) && *found == version, "{error}");
+    }
+}
