@@ -2,5 +2,6 @@
 
 pub mod stdx;
 pub mod tasks;
+pub mod transport;
 pub mod types;
 pub mod wire;
