@@ -26,6 +26,7 @@ use futures_util::future::BoxFuture;
 use quinn::Endpoint;
 use tokio::sync::watch;
 use tokio::time::Instant;
+use tracing::debug;
 
 use crate::tasks::{OnError, Tasks};
 use crate::types::{GroupId, NodeId};
@@ -68,6 +69,9 @@ pub struct Options {
     pub stream_window_bytes: u32,
     /// Bytes waiting to be sent per ordered stream.
     pub stream_queue_bytes: usize,
+    /// Room asked of the kernel for packets in each direction; it may grant less. Both lanes share it, so bulk
+    /// that overflows it would lose heartbeats too.
+    pub socket_buffer_bytes: usize,
     /// Streams that a peer may have open on one connection.
     pub streams_max: u32,
     /// Calls of one connection that are served at one time; a single group gets a quarter.
@@ -93,7 +97,7 @@ impl Options {
             certs: certs.into(),
             peers,
             raft_idle_timeout: Duration::from_millis(1500),
-            bulk_idle_timeout: Duration::from_secs(10),
+            bulk_idle_timeout: Duration::from_secs(5),
             keep_alive: Duration::from_millis(200),
             dial_timeout: Duration::from_secs(1),
             redial_first: Duration::from_millis(20),
@@ -102,6 +106,7 @@ impl Options {
             window_bytes: 64 << 20,
             stream_window_bytes: 16 << 20,
             stream_queue_bytes: 1 << 20,
+            socket_buffer_bytes: 4 << 20,
             streams_max: 4096,
             requests_max: 4096,
             request_bytes_max: 256 << 20,
@@ -299,7 +304,7 @@ impl Transport {
         let endpoint = Endpoint::new(
             tls::endpoint_config(&identity),
             Some(tls::server_config(&options, &identity)?),
-            UdpSocket::bind(options.listen).map_err(bind)?,
+            bind_udp(&options).map_err(bind)?,
             Arc::new(quinn::TokioRuntime),
         )
         .map_err(bind)?;
@@ -354,20 +359,19 @@ impl Transport {
 
     /// Says where `node` listens (`host:port`), or that it is gone. Connections to a former address are closed.
     pub fn set_peer(&self, node: NodeId, address: Option<String>) {
-        let changed = {
-            let mut peers = lock(&self.0.peers);
-            let before = match &address {
-                Some(address) => peers.insert(node, address.clone()),
-                None => peers.remove(&node),
-            };
-            before != address
+        // Held to the end, so that no link to the former address is started meanwhile.
+        let mut peers = lock(&self.0.peers);
+        let before = match &address {
+            Some(address) => peers.insert(node, address.clone()),
+            None => peers.remove(&node),
         };
-        if changed {
-            let mut links = lock(&self.0.links);
-            for lane in [Lane::Raft, Lane::Bulk] {
-                if let Some(link) = links.remove(&(node, lane)) {
-                    link.close();
-                }
+        if before == address {
+            return;
+        }
+        let mut links = lock(&self.0.links);
+        for lane in [Lane::Raft, Lane::Bulk] {
+            if let Some(link) = links.remove(&(node, lane)) {
+                link.close();
             }
         }
     }
@@ -453,11 +457,13 @@ impl Transport {
         if node == self.0.options.node {
             return Err(unreachable("it is this node itself"));
         }
-        let address = lock(&self.0.peers).get(&node).cloned();
-        let address = address.ok_or_else(|| unreachable("its address is not known"))?;
+        let peers = lock(&self.0.peers);
+        let address = peers
+            .get(&node)
+            .ok_or_else(|| unreachable("its address is not known"))?;
         let mut links = lock(&self.0.links);
         let link = links.entry((node, lane)).or_insert_with(|| {
-            let link = Arc::new(Link::new(node, lane, address));
+            let link = Arc::new(Link::new(node, lane, address.clone()));
             let (shared, running) = (self.0.clone(), link.clone());
             let task = |token| running.run(shared, token);
             self.0.tasks.spawn("transport.link", OnError::Log, task);
@@ -495,6 +501,22 @@ impl Shared {
         (hello.cluster_id != *ours)
             .then(|| format!("this is cluster `{ours}`, not `{}`", hello.cluster_id))
     }
+}
+
+fn bind_udp(options: &Options) -> std::io::Result<UdpSocket> {
+    let socket = UdpSocket::bind(options.listen)?;
+    let buffers = socket2::SockRef::from(&socket);
+    // Less room costs throughput under load, not correctness.
+    let asked = options.socket_buffer_bytes;
+    for granted in [
+        buffers.set_recv_buffer_size(asked),
+        buffers.set_send_buffer_size(asked),
+    ] {
+        if let Err(err) = granted {
+            debug!(%err, asked, "the kernel grants no larger socket buffer");
+        }
+    }
+    Ok(socket)
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {

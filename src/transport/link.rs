@@ -147,6 +147,12 @@ impl Link {
         if self.lane != Lane::Raft {
             return;
         }
+        let links = lock(&shared.links);
+        let current = links.get(&(self.node, self.lane));
+        if !current.is_none_or(|link| std::ptr::eq(&**link, self)) {
+            // This link was replaced, and its successor knows better.
+            return;
+        }
         shared
             .reachable
             .send_if_modified(|nodes: &mut BTreeSet<NodeId>| {

@@ -322,6 +322,21 @@ async fn three_nodes_know_who_is_reachable() {
     wait_connected(a, 2, false).await;
 }
 
+#[tokio::test]
+async fn a_peer_that_moves_is_followed() {
+    let certs = Certs::new();
+    let (a, _a_tasks) = start(certs.options(1));
+    let (b, _b_tasks) = start(certs.options(2));
+    meet(&a, &b);
+    ask_until_answered(&a, 2).await;
+    let (moved, _moved_tasks) = start(certs.options(2));
+    let where_am_i = |_, _, _| async { Ok(Bytes::from_static(b"moved")) };
+    moved.register(COUNT, Arc::new(where_am_i));
+    a.set_peer(NodeId(2), Some(moved.local_address().to_string()));
+    assert_eq!(ask(&a, 2, COUNT, b"").await.unwrap(), "moved");
+    wait_connected(&a, 2, true).await;
+}
+
 /// A node in a runtime of its own, so that it can die without a word.
 struct Mortal {
     runtime: tokio::runtime::Runtime,
