@@ -1,6 +1,7 @@
 //! Bytes ⇄ values: what crosses a socket or lies on a disk.
 
 pub mod ably;
+pub mod body;
 
 /// Entries of a shard's Raft log (`proto/firth/entry.proto`).
 pub mod entry {

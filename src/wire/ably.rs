@@ -120,4 +120,4 @@ pub fn encode_value<T: Serialize + ?Sized>(format: Format, value: &T) -> Bytes {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
