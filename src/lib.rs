@@ -1,5 +1,6 @@
 //! Firth: a clustered edge broker. Each module is a room; `tests/tidy.rs` holds who may import whom.
 
+pub mod auth;
 pub mod channel;
 pub mod cluster;
 pub mod placement;
@@ -7,5 +8,6 @@ pub mod raft;
 pub mod stdx;
 pub mod storage;
 pub mod tasks;
+pub mod transport;
 pub mod types;
 pub mod wire;

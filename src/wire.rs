@@ -1,5 +1,8 @@
 //! Bytes ⇄ values: what crosses a socket or lies on a disk.
 
+pub mod ably;
+pub mod body;
+
 /// Entries of a shard's Raft log (`proto/firth/entry.proto`).
 pub mod entry {
     #![allow(missing_debug_implementations, reason = "generated")]
