@@ -15,6 +15,7 @@ mod start;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
+pub use crate::raft::Leadership;
 pub use replica::{EventSink, ShardPage, StoredRecord};
 pub use start::Parts;
 
@@ -29,7 +30,7 @@ use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
 use crate::channel::{RecordRef, Shard};
 use crate::placement;
-use crate::raft::{self, Group, Leadership};
+use crate::raft::{self, Group};
 use crate::transport::{self, Transport};
 use crate::types::{ChannelKey, GroupId, NodeId, ShardId};
 use crate::wire::{control as wire, entry};

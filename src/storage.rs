@@ -19,6 +19,7 @@ mod log;
 mod memory;
 mod recover;
 mod segment;
+mod snapshot;
 mod spares;
 mod track;
 mod writer;
@@ -36,6 +37,7 @@ pub use disk::{DirLock, Disk, DiskFile, RealDisk};
 pub use error::Error;
 pub use log::{GroupLog, Log, Stats};
 pub use memory::{MemoryDisk, Op};
+pub use snapshot::SnapshotFile;
 
 /// Where the log lives and how much it may hold on to.
 #[derive(Clone, Debug)]

@@ -19,6 +19,27 @@ pub struct RecordRef {
     pub count: u32,
 }
 
+/// Which records of a channel to read: serials and stamps inclusive at both ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub from: Option<Serial>,
+    pub to: Option<Serial>,
+    pub start_ms: u64,
+    pub end_ms: u64,
+    pub newest_first: bool,
+}
+
+impl Range {
+    /// Everything retained, newest first.
+    pub const ALL: Self = Self {
+        from: None,
+        to: None,
+        start_ms: 0,
+        end_ms: u64::MAX,
+        newest_first: true,
+    };
+}
+
 /// The reader's cursor lies before the oldest record that can still be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("records up to {floor} are no longer retained")]
@@ -82,13 +103,22 @@ impl Index {
         Ok((start..end).map(|at| self.record(at)).collect())
     }
 
-    /// Up to `limit` newest records before `before` (exclusive; `None`: the newest of all), newest first.
-    pub(super) fn newest(&self, before: Option<Serial>, limit: usize) -> Vec<RecordRef> {
-        let end = before.map_or(self.records.len(), |before| {
-            self.records.partition_point(|held| held.serial < before)
+    /// Up to `limit` records within `range`, from the end that it names.
+    pub(super) fn range(&self, range: &Range, limit: usize) -> Vec<RecordRef> {
+        let below = |serial: Serial| self.records.partition_point(|held| held.serial < serial);
+        let start = range.from.map_or(0, below);
+        let start = start.max(self.records.partition_point(|held| held.stamp_ms < range.start_ms));
+        let end = range.to.map_or(self.records.len(), |to| {
+            self.records.partition_point(|held| held.serial <= to)
         });
-        let start = end.saturating_sub(limit);
-        (start..end).rev().map(|at| self.record(at)).collect()
+        let end = end.min(self.records.partition_point(|held| held.stamp_ms <= range.end_ms));
+        if start >= end {
+            return Vec::new();
+        }
+        match range.newest_first {
+            true => (start..end).rev().take(limit).map(|at| self.record(at)).collect(),
+            false => (start..end).take(limit).map(|at| self.record(at)).collect(),
+        }
     }
 
     fn record(&self, at: usize) -> RecordRef {

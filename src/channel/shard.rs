@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use prost::Message as _;
 
-use crate::channel::index::{Behind, Held, Index, KeyDigest, RecordRef};
+use crate::channel::index::{Behind, Held, Index, KeyDigest, Range, RecordRef};
 use crate::channel::{FORGET_AFTER, RETENTION_MIN};
 use crate::types::{ChannelKey, ChannelName, Serial};
 use crate::wire::entry;
@@ -31,6 +31,8 @@ pub enum Outcome {
     Duplicate(Option<Serial>),
     /// Read from Kafka by an owner that has been replaced.
     Fenced,
+    /// Read from Kafka, and the record it must follow is not here. To be sent again after that one.
+    Gap,
     /// Names an app or channel that cannot exist; a correct proposer never sends it.
     Invalid,
 }
@@ -177,6 +179,9 @@ impl Shard {
         if at.offset <= state.offset {
             return Some(Outcome::Duplicate(None));
         }
+        if at.after.is_some_and(|after| state.offset < after) {
+            return Some(Outcome::Gap);
+        }
         state.offset = at.offset;
         None
     }
@@ -260,15 +265,10 @@ impl Shard {
         }
     }
 
-    /// Up to `limit` newest records before `before` (exclusive; `None`: of all), newest first.
+    /// Up to `limit` of the channel's retained records within `range`.
     #[must_use]
-    pub fn newest(
-        &self,
-        key: &ChannelKey,
-        before: Option<Serial>,
-        limit: usize,
-    ) -> Vec<RecordRef> {
-        (self.channels.get(key)).map_or_else(Vec::new, |index| index.newest(before, limit))
+    pub fn range(&self, key: &ChannelKey, range: &Range, limit: usize) -> Vec<RecordRef> {
+        (self.channels.get(key)).map_or_else(Vec::new, |index| index.range(range, limit))
     }
 
     /// Whether the publish at this place of the log became no record.

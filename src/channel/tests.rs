@@ -32,6 +32,7 @@ fn from_kafka(epoch: u64, offset: i64) -> entry::Publish {
         partition: 0,
         offset,
         epoch,
+        after: None,
     };
     entry::Publish {
         source: Some(source),
@@ -90,7 +91,7 @@ fn a_clock_that_goes_back_does_not_take_stamps_back() {
     let mut shard = Shard::new(1);
     apply(&mut shard, 1, 1000, vec![publish("a", "x")]);
     apply(&mut shard, 2, 10, vec![publish("a", "y")]);
-    let stamps: Vec<u64> = shard.newest(&key("a"), None, 9).iter().map(|r| r.stamp_ms).collect();
+    let stamps: Vec<u64> = shard.range(&key("a"), &Range::ALL, 9).iter().map(|r| r.stamp_ms).collect();
     assert_eq!(stamps, [1000, 1000]);
 }
 
@@ -122,6 +123,38 @@ fn kafka_replays_are_dropped_and_replaced_owners_refused() {
     let records = vec![from_kafka(2, 11), from_kafka(2, 13), from_kafka(1, 14)];
     let outcomes = apply(&mut shard, 2, 0, records);
     assert_eq!(outcomes, [Outcome::Duplicate(None), Outcome::Stored(at(2, 1)), Outcome::Fenced]);
+}
+
+#[test]
+fn a_refused_kafka_record_is_not_overtaken_by_its_successor() {
+    let mut shard = Shard::new(1);
+    let following = |offset, after| {
+        let mut publish = from_kafka(1, offset);
+        publish.source.as_mut().unwrap().after = Some(after);
+        publish
+    };
+    apply(&mut shard, 1, 0, vec![from_kafka(1, 10)]);
+    let outcomes = apply(&mut shard, 2, 0, vec![following(14, 12)]);
+    assert_eq!(outcomes, [Outcome::Gap], "12 was refused at the door");
+    let outcomes = apply(&mut shard, 3, 0, vec![following(12, 10), following(14, 12)]);
+    assert_eq!(outcomes, [Outcome::Stored(at(3, 0)), Outcome::Stored(at(3, 1))]);
+}
+
+#[test]
+fn a_range_is_inclusive_and_read_from_either_end() {
+    let mut shard = Shard::new(1);
+    for index in 1..=5 {
+        apply(&mut shard, index, index * 10, vec![publish("a", &format!("{index}"))]);
+    }
+    let read = |range: Range, limit| {
+        let refs = shard.range(&key("a"), &range, limit).into_iter();
+        refs.map(|r| r.serial.index).collect::<Vec<u64>>()
+    };
+    assert_eq!(read(Range::ALL, 2), [5, 4]);
+    assert_eq!(read(Range { newest_first: false, ..Range::ALL }, 2), [1, 2]);
+    assert_eq!(read(Range { from: Some(at(2, 0)), to: Some(at(4, 0)), ..Range::ALL }, 9), [4, 3, 2]);
+    assert_eq!(read(Range { start_ms: 20, end_ms: 30, ..Range::ALL }, 9), [3, 2]);
+    assert!(read(Range { start_ms: 31, end_ms: 30, ..Range::ALL }, 9).is_empty());
 }
 
 #[test]
@@ -185,7 +218,7 @@ proptest! {
             prop_assert_eq!(copy.encode(), shard.encode());
             for channel in 0..4 {
                 let name = format!("c{channel}");
-                let newest: Vec<Serial> = shard.newest(&key(&name), None, 99).iter().rev().map(|r| r.serial).collect();
+                let newest: Vec<Serial> = shard.range(&key(&name), &Range::ALL, 99).iter().rev().map(|r| r.serial).collect();
                 let held: Vec<Serial> = reference.records.iter().filter(|r| r.0 == name).map(|r| r.3).collect();
                 prop_assert_eq!(newest, held);
             }

@@ -143,6 +143,7 @@ fn outcome_out(outcome: Outcome) -> peer::Outcome {
         Outcome::Stored(serial) => (Kind::Stored, Some(serial)),
         Outcome::Duplicate(serial) => (Kind::Duplicate, serial),
         Outcome::Fenced => (Kind::Fenced, None),
+        Outcome::Gap => (Kind::Gap, None),
         Outcome::Invalid => (Kind::Invalid, None),
     };
     let known = serial.is_some();
@@ -167,6 +168,7 @@ fn outcome_in(outcome: peer::Outcome) -> Option<Outcome> {
         Kind::Stored => Outcome::Stored(serial),
         Kind::Duplicate => Outcome::Duplicate(outcome.known.then_some(serial)),
         Kind::Fenced => Outcome::Fenced,
+        Kind::Gap => Outcome::Gap,
         Kind::Invalid => Outcome::Invalid,
     })
 }
@@ -187,6 +189,7 @@ mod tests {
             Outcome::Duplicate(Some(serial)),
             Outcome::Duplicate(None),
             Outcome::Fenced,
+            Outcome::Gap,
             Outcome::Invalid,
         ];
         for outcome in all {

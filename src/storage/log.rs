@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use bytes::Bytes;
 
+use crate::storage::snapshot::SnapshotFile;
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::frame::{Frame, Kind, PAYLOAD_MAX};
 use crate::storage::group::{Found, Group, State, invalid};
@@ -203,6 +204,12 @@ impl Log {
             log: self.clone(),
             group: groups.entry(group.0).or_insert_with(new).clone(),
         }
+    }
+
+    /// Where the group's snapshot lies.
+    #[must_use]
+    pub fn snapshot(&self, group: GroupId) -> SnapshotFile {
+        SnapshotFile::new(self.0.shared.disk.clone(), group)
     }
 
     /// Groups that have a part in the log or were asked for, in order.

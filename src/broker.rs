@@ -1,0 +1,228 @@
+//! The one API behind every door: publish, follow a channel from a serial, read its history.
+
+mod feed;
+mod follow;
+mod publish;
+
+pub use feed::{Hub, Record};
+pub use follow::{Continuity, Follower, Lost, Polled, Waker};
+pub use publish::{Publish, PublishError, Published};
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::channel::Range;
+use crate::cluster::{BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord};
+use crate::types::{ChannelKey, ErrorCode, ErrorInfo, NodeId, Serial, ShardId};
+use crate::wire::control;
+
+/// How long a read waits for a leader and for this node's replica.
+const READ_PATIENCE: Duration = Duration::from_secs(5);
+
+/// What channels of an app without a namespace rule of their own are kept for.
+const RETENTION_DEFAULT: Duration = Duration::from_secs(120);
+
+/// A handle to the node's broker.
+#[derive(Clone, Debug)]
+pub struct Broker {
+    cluster: Cluster,
+    hub: Arc<Hub>,
+}
+
+/// Where a channel lives.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub shard: ShardId,
+    pub leader: Option<NodeId>,
+}
+
+/// A shard as this node knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ShardStatus {
+    pub shard: ShardId,
+    pub leader: Option<NodeId>,
+    pub term: u64,
+    /// Newest log index applied on this node.
+    pub applied: u64,
+}
+
+impl Broker {
+    /// `hub` is the one the cluster was started with as its event sink.
+    #[must_use]
+    pub const fn new(cluster: Cluster, hub: Arc<Hub>) -> Self {
+        Self { cluster, hub }
+    }
+
+    #[must_use]
+    pub fn node(&self) -> NodeId {
+        self.cluster.node()
+    }
+
+    /// All nodes with their addresses.
+    #[must_use]
+    pub fn nodes(&self) -> &BTreeMap<NodeId, Peer> {
+        self.cluster.nodes()
+    }
+
+    /// The registry, as it changes: apps, keys, namespaces, bridges.
+    #[must_use]
+    pub fn registry(&self) -> watch::Receiver<Arc<Registry>> {
+        self.cluster.registry()
+    }
+
+    #[must_use]
+    pub fn place(&self, key: &ChannelKey) -> Place {
+        let shard = self.cluster.shard_of(key);
+        let leader = self.cluster.leadership(shard).borrow().leader;
+        Place { shard, leader }
+    }
+
+    /// All shards, in order.
+    #[must_use]
+    pub fn shards(&self) -> Vec<ShardStatus> {
+        let status = |shard| {
+            let known = *self.cluster.leadership(shard).borrow();
+            ShardStatus {
+                shard,
+                leader: known.leader,
+                term: known.term,
+                applied: *self.cluster.applied(shard).borrow(),
+            }
+        };
+        self.cluster.shards().map(status).collect()
+    }
+
+    /// Who leads the control group.
+    #[must_use]
+    pub fn control_leader(&self) -> Option<NodeId> {
+        self.cluster.control_leadership().borrow().leader
+    }
+
+    /// Stores a publish. Calls for one channel are stored in the order of the calls; the returned value waits for
+    /// the outcome.
+    #[must_use = "the outcome says whether it was stored"]
+    pub fn publish(&self, publish: Publish) -> Published {
+        let retention = self.retention(&publish.key);
+        let shard = self.cluster.shard_of(&publish.key);
+        Published::new(self.cluster.submit(shard, publish.into_entry(retention)))
+    }
+
+    /// Records of a channel within `range`, at most `limit`. Shows everything acknowledged anywhere before the call.
+    ///
+    /// # Errors
+    /// When no leader is reached in time, or the log cannot be read.
+    pub async fn history(
+        &self,
+        key: &ChannelKey,
+        range: &Range,
+        limit: usize,
+    ) -> Result<Vec<StoredRecord>, ErrorInfo> {
+        let shard = self.cluster.shard_of(key);
+        self.cluster.catch_up(shard, READ_PATIENCE).await.map_err(read_error)?;
+        let refs = self.cluster.state(shard).range(key, range, limit);
+        let cluster = self.cluster.clone();
+        let read = tokio::task::spawn_blocking(move || cluster.read_records(shard, &refs)).await;
+        let records = read.map_err(|_| ErrorInfo::from(ErrorCode::Internal))?;
+        records.map_err(|err| read_error(err.into()))
+    }
+
+    /// Follows a channel from after `from`; from the present where `None`, or where what follows it is gone.
+    /// `waker` is woken with `slot` whenever there is something to poll for.
+    #[must_use]
+    pub fn follow(
+        &self,
+        key: ChannelKey,
+        from: Option<Serial>,
+        waker: Arc<Waker>,
+        slot: u32,
+    ) -> (Follower, Continuity) {
+        Follower::start(self.cluster.clone(), &self.hub, key, from, waker, slot)
+    }
+
+    /// How long a channel's records are kept.
+    fn retention(&self, key: &ChannelKey) -> Duration {
+        let registry = self.cluster.registry();
+        let registry = registry.borrow();
+        let bootstrap = registry.bootstrap.as_ref();
+        let apps = bootstrap.into_iter().flat_map(|bootstrap| &bootstrap.apps);
+        let namespaces = apps
+            .filter(|app| app.id == key.app.as_str())
+            .flat_map(|app| &app.namespaces);
+        namespaces
+            .filter(|namespace| namespace.id == key.name.namespace())
+            .map(|namespace| Duration::from_millis(namespace.retention_ms))
+            .next()
+            .unwrap_or(RETENTION_DEFAULT)
+    }
+}
+
+/// What only the bridge asks for.
+impl Broker {
+    /// Who leads a shard, as it changes.
+    #[must_use]
+    pub fn leadership(&self, shard: ShardId) -> watch::Receiver<crate::cluster::Leadership> {
+        self.cluster.leadership(shard)
+    }
+
+    #[must_use]
+    pub fn shard_of(&self, key: &ChannelKey) -> ShardId {
+        self.cluster.shard_of(key)
+    }
+
+    /// Newest log index applied on this node, as it grows.
+    #[must_use]
+    pub fn applied(&self, shard: ShardId) -> watch::Receiver<u64> {
+        self.cluster.applied(shard)
+    }
+
+    /// The reading side of a bridge, as the registry has it.
+    #[must_use]
+    pub fn bridge_state(&self, bridge: &str) -> BridgeState {
+        let registry = self.cluster.registry();
+        let state = registry.borrow().bridges.get(bridge).cloned();
+        state.unwrap_or_default()
+    }
+
+    /// Makes floors durable. They never sink.
+    ///
+    /// # Errors
+    /// When the slot has another owner by now, or the control group is not reached.
+    pub async fn advance_floors(
+        &self,
+        bridge: &str,
+        floors: Vec<control::Floor>,
+    ) -> Result<(), CommandError> {
+        let bridge = bridge.to_owned();
+        let change = control::AdvanceFloors { bridge, floors };
+        self.cluster.command(control::entry::Command::AdvanceFloors(change)).await
+    }
+
+    /// Accepted records of a shard after log index `after`, about `max_bytes` of them.
+    ///
+    /// # Errors
+    /// When the log cannot be read that far back.
+    pub async fn read_shard(
+        &self,
+        shard: ShardId,
+        after: u64,
+        max_bytes: usize,
+    ) -> Result<ShardPage, ErrorInfo> {
+        let cluster = self.cluster.clone();
+        let read = move || cluster.read_shard(shard, after, max_bytes);
+        let page = tokio::task::spawn_blocking(read).await;
+        let page = page.map_err(|_| ErrorInfo::from(ErrorCode::Internal))?;
+        page.map_err(|err| read_error(err.into()))
+    }
+}
+
+fn read_error(err: ReadError) -> ErrorInfo {
+    let code = match err {
+        ReadError::NoLeader => ErrorCode::NoLeader,
+        ReadError::Behind => ErrorCode::Busy,
+        ReadError::Storage(_) => ErrorCode::Internal,
+    };
+    ErrorInfo::new(code, err.to_string())
+}

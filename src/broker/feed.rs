@@ -1,0 +1,223 @@
+//! The live end of channels that someone follows on this node: recent records, encoded once, and whom to wake.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, RwLock};
+
+use bytes::Bytes;
+
+use crate::broker::follow::Follow;
+use crate::channel::{Event, RecordRef};
+use crate::cluster::{EventSink, StoredRecord};
+use crate::stdx::stable_hash;
+use crate::types::{ChannelKey, ShardId};
+use crate::wire::ably::{self, Format};
+use crate::wire::{body, entry};
+
+/// Feeds are spread over this many locks.
+const STRIPES: usize = 64;
+/// Bytes of recent records a feed keeps; a follower further behind reads the log.
+const TAIL_BYTES: usize = 512 * 1024;
+
+/// One record of a channel, with the frames that carry it to subscribers. Each is encoded once for all of them.
+#[derive(Debug)]
+pub struct Record {
+    pub at: RecordRef,
+    pub publish: entry::Publish,
+    json: OnceLock<Bytes>,
+    msgpack: OnceLock<Bytes>,
+}
+
+impl Record {
+    fn new(at: RecordRef, publish: entry::Publish) -> Self {
+        Self {
+            at,
+            publish,
+            json: OnceLock::new(),
+            msgpack: OnceLock::new(),
+        }
+    }
+
+    /// The MESSAGE frame in this format. Empty when the stored body cannot be read: then it is logged, and there is
+    /// nothing that could be sent.
+    pub fn frame(&self, format: Format) -> &Bytes {
+        let frame = match format {
+            Format::Json => &self.json,
+            Format::MsgPack => &self.msgpack,
+        };
+        frame.get_or_init(|| {
+            let (serial, stamp_ms) = (self.at.serial, self.at.stamp_ms);
+            match body::record_frame(&self.publish.channel, serial, &self.publish, stamp_ms) {
+                Ok(frame) => ably::encode(format, &frame),
+                Err(err) => {
+                    tracing::error!(%serial, error = %err, "a stored body cannot be read");
+                    Bytes::new()
+                }
+            }
+        })
+    }
+}
+
+impl From<StoredRecord> for Record {
+    fn from(stored: StoredRecord) -> Self {
+        Self::new(stored.at, stored.publish)
+    }
+}
+
+/// Recent records of one channel, oldest first, without a gap among them.
+#[derive(Debug, Default)]
+pub(super) struct Tail {
+    records: VecDeque<Arc<Record>>,
+    bytes: usize,
+}
+
+impl Tail {
+    fn push(&mut self, record: Arc<Record>) {
+        self.bytes += record.publish.body.len();
+        self.records.push_back(record);
+        while self.bytes > TAIL_BYTES && self.records.len() > 1 {
+            let oldest = self.records.pop_front();
+            self.bytes -= oldest.map_or(0, |record| record.publish.body.len());
+        }
+    }
+
+    /// Up to `limit` records after `cursor`; `None` when the tail does not reach back to it, which the records'
+    /// links to their predecessors prove.
+    pub(super) fn after(&self, cursor: crate::types::Serial, limit: usize) -> Option<Vec<Arc<Record>>> {
+        let start = self.records.partition_point(|record| record.at.serial <= cursor);
+        let Some(first) = self.records.get(start) else {
+            return Some(Vec::new());
+        };
+        let gapless = first.at.predecessor.is_none_or(|before| before <= cursor);
+        gapless.then(|| self.records.iter().skip(start).take(limit).cloned().collect())
+    }
+}
+
+/// A channel that someone follows on this node.
+#[derive(Debug, Default)]
+pub(super) struct Feed {
+    tail: Mutex<Tail>,
+    followers: Mutex<Vec<Arc<Follow>>>,
+}
+
+impl Feed {
+    pub(super) fn tail(&self) -> MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(|err| err.into_inner())
+    }
+
+    fn followers(&self) -> MutexGuard<'_, Vec<Arc<Follow>>> {
+        self.followers.lock().unwrap_or_else(|err| err.into_inner())
+    }
+}
+
+type Stripe = RwLock<HashMap<ChannelKey, Arc<Feed>>>;
+
+/// All followed channels of this node.
+///
+/// Invariant: a channel has a feed exactly while it has a follower, so what nobody follows costs nothing.
+#[derive(Debug)]
+pub struct Hub {
+    stripes: Vec<Stripe>,
+}
+
+impl Default for Hub {
+    fn default() -> Self {
+        Self {
+            stripes: (0..STRIPES).map(|_| Stripe::default()).collect(),
+        }
+    }
+}
+
+impl Hub {
+    pub(super) fn join(&self, key: &ChannelKey, follow: Arc<Follow>) -> Arc<Feed> {
+        let mut stripe = self.stripe(key).write().unwrap_or_else(|err| err.into_inner());
+        let feed = stripe.entry(key.clone()).or_default().clone();
+        feed.followers().push(follow);
+        feed
+    }
+
+    pub(super) fn leave(&self, key: &ChannelKey, follow: &Arc<Follow>) {
+        let mut stripe = self.stripe(key).write().unwrap_or_else(|err| err.into_inner());
+        let Some(feed) = stripe.get(key) else { return };
+        let mut followers = feed.followers();
+        followers.retain(|known| !Arc::ptr_eq(known, follow));
+        let empty = followers.is_empty();
+        drop(followers);
+        if empty {
+            stripe.remove(key);
+        }
+    }
+
+    fn stripe(&self, key: &ChannelKey) -> &Stripe {
+        let hash = stable_hash(&[key.app.as_str().as_bytes(), key.name.as_str().as_bytes()]);
+        // The shard took the low bits.
+        let at = usize::try_from(hash >> 32).unwrap_or(0) % STRIPES;
+        &self.stripes[at]
+    }
+}
+
+impl EventSink for Hub {
+    fn advanced(&self, _: ShardId, events: Vec<Event>) {
+        for event in events {
+            let stripe = self.stripe(&event.key).read().unwrap_or_else(|err| err.into_inner());
+            let Some(feed) = stripe.get(&event.key) else {
+                continue;
+            };
+            feed.tail().push(Arc::new(Record::new(event.record, event.publish)));
+            feed.followers().iter().for_each(|follow| follow.wake());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::types::Serial;
+
+    fn at(index: u64) -> Serial {
+        Serial {
+            incarnation: 1,
+            index,
+            position: 0,
+        }
+    }
+
+    fn record(index: u64, predecessor: Option<u64>, bytes: usize) -> Arc<Record> {
+        let at = RecordRef {
+            serial: at(index),
+            predecessor: predecessor.map(at),
+            stamp_ms: 0,
+            count: 1,
+        };
+        let publish = entry::Publish {
+            body: vec![0; bytes].into(),
+            ..Default::default()
+        };
+        Arc::new(Record::new(at, publish))
+    }
+
+    fn indexes(records: Option<Vec<Arc<Record>>>) -> Option<Vec<u64>> {
+        records.map(|records| records.iter().map(|record| record.at.serial.index).collect())
+    }
+
+    #[test]
+    fn a_tail_serves_only_who_it_has_everything_for() {
+        let mut tail = Tail::default();
+        assert_eq!(indexes(tail.after(at(0), 9)), Some(vec![]));
+        tail.push(record(5, Some(3), 1));
+        tail.push(record(8, Some(5), 1));
+        assert_eq!(indexes(tail.after(at(2), 9)), None, "3 is missing");
+        assert_eq!(indexes(tail.after(at(3), 9)), Some(vec![5, 8]));
+        assert_eq!(indexes(tail.after(at(4), 1)), Some(vec![5]));
+        assert_eq!(indexes(tail.after(at(8), 9)), Some(vec![]));
+    }
+
+    #[test]
+    fn a_tail_is_bounded_by_bytes() {
+        let mut tail = Tail::default();
+        for index in 1..100 {
+            tail.push(record(index, Some(index - 1), TAIL_BYTES / 4));
+        }
+        assert_eq!(indexes(tail.after(at(95), 9)), Some(vec![96, 97, 98, 99]));
+        assert_eq!(indexes(tail.after(at(94), 9)), None);
+    }
+}

@@ -1,0 +1,212 @@
+//! Following a channel: a cursor that is woken, never a queue.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::Notify;
+
+use crate::broker::feed::{Feed, Hub, Record};
+use crate::cluster::Cluster;
+use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Serial};
+
+/// Collects which of a connection's followers have something to poll for. Bounded by their number.
+#[derive(Debug, Default)]
+pub struct Waker {
+    ready: Mutex<Vec<u32>>,
+    notify: Notify,
+}
+
+impl Waker {
+    /// Waits until some follower is ready, and takes the slots of all that are. Cancel-safe.
+    pub async fn ready(&self) -> Vec<u32> {
+        loop {
+            let ready = std::mem::take(&mut *self.lock());
+            if !ready.is_empty() {
+                return ready;
+            }
+            self.notify.notified().await;
+        }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<u32>> {
+        self.ready.lock().unwrap_or_else(|err| err.into_inner())
+    }
+}
+
+/// What a feed knows of a follower.
+#[derive(Debug)]
+pub(super) struct Follow {
+    waker: Arc<Waker>,
+    slot: u32,
+    /// The slot is among the waker's ready ones already.
+    woken: AtomicBool,
+}
+
+impl Follow {
+    pub(super) fn wake(&self) {
+        if !self.woken.swap(true, Ordering::AcqRel) {
+            self.waker.lock().push(self.slot);
+            self.waker.notify.notify_one();
+        }
+    }
+}
+
+/// How a follower began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Continuity {
+    /// From the present, as asked.
+    Fresh,
+    /// From where the reader was; with `backlog` there are records to catch up on.
+    Resumed { backlog: bool },
+    /// What follows the reader's serial is no longer retained: from the present.
+    Lost,
+}
+
+/// What a poll found.
+#[derive(Debug, Default)]
+pub struct Polled {
+    /// In order, without a gap after the cursor.
+    pub records: Vec<Arc<Record>>,
+    /// There may be more at once; otherwise the waker tells.
+    pub more: bool,
+}
+
+/// The follower cannot go on without a gap. `at` is where it stands now: the present.
+#[derive(Clone, Debug, thiserror::Error)]
+#[error("{error}")]
+pub struct Lost {
+    pub at: Serial,
+    pub error: ErrorInfo,
+}
+
+/// A reader of one channel, on this node.
+///
+/// Invariant: everything up to `cursor` was handed out or is not wanted, nothing after it was.
+#[derive(Debug)]
+pub struct Follower {
+    cluster: Cluster,
+    hub: Arc<Hub>,
+    key: ChannelKey,
+    feed: Arc<Feed>,
+    follow: Arc<Follow>,
+    cursor: Serial,
+    /// The feed's tail reaches back to the cursor, so far as is known.
+    live: bool,
+}
+
+impl Follower {
+    pub(super) fn start(
+        cluster: Cluster,
+        hub: &Arc<Hub>,
+        key: ChannelKey,
+        from: Option<Serial>,
+        waker: Arc<Waker>,
+        slot: u32,
+    ) -> (Self, Continuity) {
+        let follow = Arc::new(Follow {
+            waker,
+            slot,
+            woken: AtomicBool::new(false),
+        });
+        // Joined before the state is read: what is applied in between is found in both and handed out once.
+        let feed = hub.join(&key, follow.clone());
+        let (cursor, continuity) = {
+            let state = cluster.state(cluster.shard_of(&key));
+            match from.map(|from| (from, state.after(&key, from, 1))) {
+                None => (state.now(), Continuity::Fresh),
+                Some((from, Ok(next))) => {
+                    let backlog = !next.is_empty();
+                    (from, Continuity::Resumed { backlog })
+                }
+                Some((_, Err(_))) => (state.now(), Continuity::Lost),
+            }
+        };
+        let follower = Self {
+            cluster,
+            hub: hub.clone(),
+            key,
+            feed,
+            follow,
+            cursor,
+            live: from.is_none(),
+        };
+        if !follower.live {
+            follower.follow.wake();
+        }
+        (follower, continuity)
+    }
+
+    /// Where the follower stands.
+    #[must_use]
+    pub const fn cursor(&self) -> Serial {
+        self.cursor
+    }
+
+    /// The next records, at most `limit`. Call it when woken, and again while it says `more`.
+    ///
+    /// # Errors
+    /// When records after the cursor are gone; the follower goes on from the present.
+    pub async fn poll(&mut self, limit: usize) -> Result<Polled, Lost> {
+        // Cleared before looking: what comes while we look wakes again.
+        self.follow.woken.store(false, Ordering::Release);
+        if self.live {
+            let found = self.feed.tail().after(self.cursor, limit);
+            if let Some(records) = found {
+                return Ok(self.hand_out(records, limit));
+            }
+            self.live = false;
+        }
+        let records = self.read_log(limit).await?;
+        // Once the log shows nothing after the cursor, whatever comes next comes through the feed.
+        self.live = records.is_empty();
+        let mut polled = self.hand_out(records, limit);
+        polled.more = !self.live;
+        Ok(polled)
+    }
+
+    fn hand_out(&mut self, records: Vec<Arc<Record>>, limit: usize) -> Polled {
+        if let Some(last) = records.last() {
+            self.cursor = last.at.serial;
+        }
+        let more = records.len() == limit;
+        Polled { records, more }
+    }
+
+    async fn read_log(&mut self, limit: usize) -> Result<Vec<Arc<Record>>, Lost> {
+        let shard = self.cluster.shard_of(&self.key);
+        let refs = self.cluster.state(shard).after(&self.key, self.cursor, limit);
+        let refs = match refs {
+            Ok(refs) if refs.is_empty() => return Ok(Vec::new()),
+            Ok(refs) => refs,
+            Err(behind) => return Err(self.lose(&behind)),
+        };
+        let cluster = self.cluster.clone();
+        let read = tokio::task::spawn_blocking(move || cluster.read_records(shard, &refs)).await;
+        match read {
+            Ok(Ok(records)) => {
+                let records = records.into_iter().map(|stored| Arc::new(stored.into()));
+                Ok(records.collect())
+            }
+            Ok(Err(err)) => {
+                tracing::error!(channel = %self.key, error = %err, "the log cannot be read");
+                Err(self.lose(&err))
+            }
+            Err(_) => Err(self.lose(&"the node is stopping")),
+        }
+    }
+
+    fn lose(&mut self, why: &dyn std::fmt::Display) -> Lost {
+        self.cursor = self.cluster.state(self.cluster.shard_of(&self.key)).now();
+        self.live = true;
+        Lost {
+            at: self.cursor,
+            error: ErrorInfo::new(ErrorCode::ContinuityLost, why.to_string()),
+        }
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.hub.leave(&self.key, &self.follow);
+    }
+}

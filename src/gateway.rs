@@ -1,0 +1,176 @@
+//! The internet door: accepts connections, serves REST and the page, and drives a `session` for each WebSocket.
+
+mod answer;
+mod history;
+mod keys;
+mod live;
+mod rest;
+mod ws;
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+use crate::broker::Broker;
+use crate::gateway::keys::Keys;
+use crate::gateway::live::Live;
+use crate::session::Limits;
+use crate::tasks::{OnError, Tasks};
+
+/// How long a client may take to send a request's head.
+const HEAD_PATIENCE: Duration = Duration::from_secs(10);
+/// Bytes of a request's head.
+const HEAD_BYTES_MAX: usize = 32 * 1024;
+
+/// What the door listens on and lets in.
+#[derive(Clone, Debug)]
+pub struct Options {
+    pub listen: SocketAddr,
+    /// Connections at a time, over which new ones wait to be accepted.
+    pub connections_max: usize,
+    pub limits: Limits,
+}
+
+/// The door could not be opened.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot listen for clients on {listen}: {source}")]
+pub struct Error {
+    listen: SocketAddr,
+    source: std::io::Error,
+}
+
+/// What every handler shares.
+#[derive(Clone)]
+pub(crate) struct Door {
+    broker: Broker,
+    keys: Keys,
+    live: Live,
+    limits: Limits,
+    tasks: Tasks,
+}
+
+/// The port, taken but not served yet.
+#[derive(Debug)]
+pub struct Gateway {
+    listener: TcpListener,
+    options: Options,
+}
+
+impl Gateway {
+    /// Takes the port.
+    ///
+    /// # Errors
+    /// When it cannot be had.
+    pub async fn bind(options: Options) -> Result<Self, Error> {
+        let listen = options.listen;
+        let bound = TcpListener::bind(listen).await;
+        let listener = bound.map_err(|source| Error { listen, source })?;
+        Ok(Self { listener, options })
+    }
+
+    #[must_use]
+    pub fn local_address(&self) -> Option<SocketAddr> {
+        self.listener.local_addr().ok()
+    }
+
+    /// Serves until `tasks` is stopped. Clients are then told to go elsewhere.
+    pub fn serve(self, broker: Broker, tasks: &Tasks) {
+        let door = Door {
+            keys: Keys::new(broker.clone()),
+            live: Live::default(),
+            limits: self.options.limits.clone(),
+            tasks: tasks.clone(),
+            broker,
+        };
+        let router = rest::router(door);
+        let connections = Arc::new(Semaphore::new(self.options.connections_max));
+        let acceptor = Acceptor {
+            listener: self.listener,
+            router,
+            connections,
+            tasks: tasks.clone(),
+        };
+        tasks.spawn("gateway.accept", OnError::StopNode, |token| acceptor.run(token));
+    }
+}
+
+struct Acceptor {
+    listener: TcpListener,
+    router: Router,
+    connections: Arc<Semaphore>,
+    tasks: Tasks,
+}
+
+impl Acceptor {
+    async fn run(self, token: CancellationToken) -> anyhow::Result<()> {
+        loop {
+            let room = self.connections.clone().acquire_owned();
+            let permit = tokio::select! {
+                () = token.cancelled() => return Ok(()),
+                permit = room => permit?,
+            };
+            let accepted = tokio::select! {
+                () = token.cancelled() => return Ok(()),
+                accepted = self.listener.accept() => accepted,
+            };
+            match accepted {
+                Ok((stream, _)) => {
+                    let router = self.router.clone();
+                    self.tasks.spawn("gateway.http", OnError::Log, |token| async move {
+                        serve(stream, router, token).await;
+                        drop(permit);
+                        Ok(())
+                    });
+                }
+                Err(err) => {
+                    // Out of descriptors, most likely: others may close meanwhile.
+                    tracing::warn!(error = %err, "a connection was not accepted");
+                    tokio::time::sleep(Duration::from_millis(50)).await;
+                }
+            }
+        }
+    }
+}
+
+/// One TCP connection: requests one after another, until one of them becomes a WebSocket.
+async fn serve(stream: TcpStream, router: Router, token: CancellationToken) {
+    // Small frames are latency; a socket that refuses is as good as closed.
+    let _ = stream.set_nodelay(true);
+    let mut http = hyper::server::conn::http1::Builder::new();
+    http.timer(TokioTimer::new())
+        .header_read_timeout(HEAD_PATIENCE)
+        .max_buf_size(HEAD_BYTES_MAX);
+    let service = TowerToHyperService::new(router);
+    let connection = http.serve_connection(TokioIo::new(stream), service).with_upgrades();
+    tokio::pin!(connection);
+    let stopped = tokio::select! {
+        _ = connection.as_mut() => false,
+        () = token.cancelled() => true,
+    };
+    if stopped {
+        connection.as_mut().graceful_shutdown();
+        // What goes wrong here is the client's connection only.
+        let _ = connection.await;
+    }
+}
+
+/// Milliseconds since 1970, by this node's clock.
+fn unix_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+/// Sixteen URL-safe characters that nobody can guess.
+fn random_id() -> String {
+    use base64::Engine as _;
+    let mut random = [0; 12];
+    getrandom::fill(&mut random).expect("the system has randomness once it has booted");
+    base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(random)
+}
