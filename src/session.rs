@@ -54,7 +54,7 @@ impl Default for Limits {
     }
 }
 
-/// What the owner has to do, in the order given.
+/// What the owner has to do, in the order given. Requests of different channels may be answered in any order.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Effect {
     /// Write the frame.
@@ -67,8 +67,8 @@ pub enum Effect {
         id: String,
         messages: Vec<Message>,
     },
-    /// Follow the channel, then [`Session::handle_attached`] or [`Session::handle_attachment_failed`]. No
-    /// message may be written between the ATTACHED that follows and this.
+    /// Follow the channel, then [`Session::handle_attached`] or [`Session::handle_attachment_failed`]. After
+    /// `handle_attached` write no message of the channel before the ATTACHED it gives.
     Attach {
         channel: ChannelName,
         /// Continue after this serial; `None`: from the present.
