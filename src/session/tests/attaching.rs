@@ -296,6 +296,30 @@ fn requests_wait_for_the_one_under_way_and_the_newest_counts() {
 }
 
 #[test]
+fn a_detach_takes_back_an_attach_that_waits() {
+    let attach_frame = json!({"action": 10, "channel": "c"});
+    let detach_frame = json!({"action": 12, "channel": "c"});
+    let detached = json!({"action": 13, "channel": "c"});
+    for attaching in [true, false] {
+        let mut session = session();
+        if attaching {
+            send(&mut session, attach_frame.clone());
+        } else {
+            attach(&mut session, "c");
+            send(&mut session, detach_frame.clone());
+        }
+        assert_eq!(send(&mut session, attach_frame.clone()), []);
+        assert_eq!(send(&mut session, detach_frame.clone()), []);
+        if attaching {
+            session.handle_attached(&name("c"), at(5, Continuity::Fresh), NOW);
+            assert_eq!(drain(&mut session), [Effect::Detach { channel: name("c") }]);
+        }
+        session.handle_detached(&name("c"), NOW);
+        assert_eq!(sent(&drain(&mut session)), detached);
+    }
+}
+
+#[test]
 fn a_channel_that_cannot_be_followed_is_retried_or_failed() {
     for (code, action) in [
         (ErrorCode::NoLeader, 13),

@@ -85,6 +85,8 @@ struct Model {
     tickets: Vec<Ticket>,
     under_way: BTreeMap<ChannelName, Request>,
     followed: BTreeSet<ChannelName>,
+    /// The newest request of the client for a channel, while it has no answer.
+    expected: BTreeMap<String, Request>,
     closed: bool,
 }
 
@@ -114,7 +116,7 @@ impl Model {
                 Effect::Send(frame) if matches!(frame.action, Action::Ack | Action::Nack) => {
                     self.answer(&frame)
                 }
-                Effect::Send(_) => {}
+                Effect::Send(frame) => self.reply(&frame),
                 Effect::Publish { ticket, .. } => self.tickets.push(ticket),
                 Effect::Attach {
                     channel, in_place, ..
@@ -134,6 +136,27 @@ impl Model {
                 }
                 Effect::Close { .. } => self.closed = true,
             }
+        }
+    }
+
+    fn request(&mut self, frame: &Frame) {
+        let Some(channel) = frame.channel.clone() else {
+            return;
+        };
+        match frame.action {
+            Action::Attach => self.expected.insert(channel, Request::Attach),
+            Action::Detach => self.expected.insert(channel, Request::Detach),
+            _ => None,
+        };
+    }
+
+    fn reply(&mut self, frame: &Frame) {
+        let Some(channel) = &frame.channel else {
+            return;
+        };
+        let expected = self.expected.remove(channel);
+        if frame.action == Action::Attached {
+            assert_ne!(expected, Some(Request::Detach), "ATTACHED after a DETACH");
         }
     }
 
@@ -164,6 +187,7 @@ fn apply(session: &mut Session, model: &mut Model, input: Input, now: &mut u64) 
     match input {
         Input::Frame(mut frame) => {
             model.number(&mut frame);
+            model.request(&frame);
             session.handle_frame(frame, *now);
         }
         Input::Published(index, ok) => {
@@ -242,7 +266,21 @@ proptest! {
             session.handle_published(ticket, Ok(serial(9)), now);
             model.follow(drain(&mut session));
         }
+        while let Some((channel, request)) = model.under_way.pop_first() {
+            match request {
+                Request::Attach => {
+                    model.followed.insert(channel.clone());
+                    session.handle_attached(&channel, at(5, Continuity::Fresh), now);
+                }
+                Request::Detach => {
+                    model.followed.remove(&channel);
+                    session.handle_detached(&channel, now);
+                }
+            }
+            model.follow(drain(&mut session));
+        }
         prop_assert!(model.closed || model.unanswered.is_empty(), "never answered: {:?}", model.unanswered);
+        prop_assert!(model.closed || model.expected.is_empty(), "never answered: {:?}", model.expected);
         if let Some(end) = end {
             apply(&mut session, &mut model, end, &mut now);
             model.follow(drain(&mut session));
