@@ -6,6 +6,7 @@ pub mod channel;
 pub mod cluster;
 pub mod placement;
 pub mod raft;
+pub mod session;
 pub mod stdx;
 pub mod storage;
 pub mod tasks;

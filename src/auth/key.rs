@@ -11,7 +11,7 @@ use ring::hmac;
 use crate::auth::Capability;
 use crate::types::{AppId, ErrorCode, ErrorInfo};
 
-/// Shortest and longest key id in bytes.
+/// Shortest and longest key id in bytes. Client libraries' own tests hold `this.is:wrong` to be ill-formed.
 const KEY_ID_BYTES: std::ops::RangeInclusive<usize> = 3..=64;
 
 /// Longest secret in bytes.

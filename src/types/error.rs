@@ -54,6 +54,7 @@ error_codes! {
     InvalidBody           = 40001, 400, Never,        "body or frame could not be decoded";
     InvalidParameter      = 40003, 400, Never,        "invalid parameter value";
     InvalidCredentialForm = 40005, 400, Never,        "credential is malformed";
+    InvalidConnectionKey  = 40006, 400, Never,        "invalid connection key in a message";
     MessageTooLarge       = 40009, 413, Never,        "message is too large";
     InvalidChannelName    = 40010, 400, Never,        "invalid channel name";
     InvalidClientId       = 40012, 400, Never,        "invalid client id";
@@ -62,6 +63,7 @@ error_codes! {
     InvalidPublish        = 40030, 400, Never,        "invalid publish request";
     InvalidMessageId      = 40031, 400, Never,        "invalid message id";
     TooManyMessages       = 40034, 400, Never,        "too many messages in one publish";
+    ForcedNack            = 40099, 400, Never,        "refused because the client asked for it";
     Unauthorized          = 40100, 401, Never,        "unauthorized";
     InvalidCredentials    = 40101, 401, Never,        "invalid credentials";
     IncompatibleCredentials = 40102, 401, Never,      "incompatible credentials";
@@ -72,6 +74,7 @@ error_codes! {
     MethodNotAllowed      = 40500, 405, Never,        "method not allowed";
     RateLimited           = 42910, 429, Later,        "rate limit exceeded";
     ConnectionRateLimited = 42911, 429, Later,        "per-connection rate limit exceeded";
+    ConnectionFlooded     = 42921, 429, Never,        "connection ignored its rate limit and was ended";
     Internal              = 50000, 500, Unknown,      "internal error";
     Timeout               = 50003, 503, Unknown,      "timed out; it may or may not have taken effect";
     Busy                  = 50004, 503, Later,        "busy; nothing was stored";

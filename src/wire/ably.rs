@@ -103,6 +103,10 @@ fn decode_value<T: DeserializeOwned>(format: Format, bytes: &[u8]) -> Result<T, 
 }
 
 /// Any value of this module, or of a door that answers in the same two formats.
+///
+/// # Panics
+/// When the value's own `Serialize` fails, or has map keys that are not text: a mistake in this program.
+#[must_use]
 pub fn encode_value<T: Serialize + ?Sized>(format: Format, value: &T) -> Bytes {
     let bytes = match format {
         Format::Json => serde_json::to_vec(value)
