@@ -43,7 +43,11 @@ fn found(group: &GroupLog) -> Expected {
             .into_iter()
             .map(|found| {
                 let size = found.payload.len();
-                assert_eq!(found, entry(found.id.term, found.id.index, size), "contents");
+                assert_eq!(
+                    found,
+                    entry(found.id.term, found.id.index, size),
+                    "contents"
+                );
                 (found.id.index, found.id.term)
             })
             .collect(),
@@ -112,7 +116,10 @@ fn run(seed: u64) {
     let mut told: Vec<_> = (0..GROUPS)
         .map(|_| {
             let states = vec![Expected::default()];
-            Arc::new(Mutex::new(Told { states, confirmed: 0 }))
+            Arc::new(Mutex::new(Told {
+                states,
+                confirmed: 0,
+            }))
         })
         .collect();
     for term in 1..6 {
@@ -122,10 +129,16 @@ fn run(seed: u64) {
             let found = found(group);
             let before = told.lock().unwrap();
             let possible = &before.states[before.confirmed..];
-            assert!(possible.contains(&found), "seed {seed}, term {term}: {found:?} is none of {possible:?}");
+            assert!(
+                possible.contains(&found),
+                "seed {seed}, term {term}: {found:?} is none of {possible:?}"
+            );
             drop(before);
             let states = vec![found];
-            *told = Arc::new(Mutex::new(Told { states, confirmed: 0 }));
+            *told = Arc::new(Mutex::new(Told {
+                states,
+                confirmed: 0,
+            }));
         }
         for _ in 0..random.below(60) {
             let n = usize::try_from(random.below(GROUPS)).unwrap();
@@ -140,7 +153,10 @@ fn run(seed: u64) {
             log.close().unwrap();
         }
         // What is confirmed from here on may or may not be in the image; what was confirmed before must.
-        let before: Vec<_> = told.iter().map(|told| told.lock().unwrap().confirmed).collect();
+        let before: Vec<_> = told
+            .iter()
+            .map(|told| told.lock().unwrap().confirmed)
+            .collect();
         disk = disk.power_cut(|| random.below(2) == 0);
         let stopped = log.close();
         assert!(stopped.is_ok(), "{stopped:?}");

@@ -20,7 +20,11 @@ impl Model {
         assert_eq!(group.last(), self.last(), "{what}");
         assert_eq!(group.purged(), self.purged, "{what}");
         assert_eq!(group.vote(), self.vote, "{what}");
-        assert_eq!(group.first(), self.entries.first().map(|entry| entry.id.index), "{what}");
+        assert_eq!(
+            group.first(),
+            self.entries.first().map(|entry| entry.id.index),
+            "{what}"
+        );
         assert_eq!(group.committed(), self.committed, "{what}");
         assert_eq!(all(group), self.entries, "{what}");
         for entry in &self.entries {
@@ -32,7 +36,11 @@ impl Model {
         let (start, end) = (random.below(200), random.below(200));
         let inside = |entry: &&Entry| (start..end).contains(&entry.id.index);
         let expected: Vec<_> = self.entries.iter().filter(inside).cloned().collect();
-        assert_eq!(group.read(start..end, usize::MAX).unwrap(), expected, "{what}");
+        assert_eq!(
+            group.read(start..end, usize::MAX).unwrap(),
+            expected,
+            "{what}"
+        );
     }
 
     fn step(&mut self, group: &GroupLog, random: &mut Random, term: u64) {
@@ -67,7 +75,9 @@ impl Model {
             _ => {
                 let size = usize::try_from(random.below(500)).unwrap();
                 let count = random.below(8);
-                let new: Vec<_> = (last + 1..=last + count).map(|index| entry(term, index, size)).collect();
+                let new: Vec<_> = (last + 1..=last + count)
+                    .map(|index| entry(term, index, size))
+                    .collect();
                 self.entries.extend(new.clone());
                 group.append(new, done().0).unwrap();
             }
@@ -87,7 +97,11 @@ fn run(seed: u64) {
         let log = Log::open_on(Arc::new(disk.clone()), options, &owner()).unwrap();
         let groups: Vec<_> = (0..3).map(|n| log.group(GroupId(n))).collect();
         for (model, group) in models.iter().zip(&groups) {
-            model.check(group, &mut random, &format!("seed {seed}, restart {restart}"));
+            model.check(
+                group,
+                &mut random,
+                &format!("seed {seed}, restart {restart}"),
+            );
         }
         for step in 0..60 {
             let n = usize::try_from(random.below(3)).unwrap();

@@ -27,9 +27,15 @@ fn recent_entries_come_from_memory_and_old_ones_from_disk() {
     let reads = count_reads(&disk);
     append(&group, entries(1, 1..101));
     // The tail is trimmed before the callback is told.
-    assert_eq!(group.read(91..101, usize::MAX).unwrap(), entries(1, 91..101));
+    assert_eq!(
+        group.read(91..101, usize::MAX).unwrap(),
+        entries(1, 91..101)
+    );
     assert_eq!(reads.load(Ordering::SeqCst), 0);
-    assert_eq!(group.read(81..101, usize::MAX).unwrap(), entries(1, 81..101));
+    assert_eq!(
+        group.read(81..101, usize::MAX).unwrap(),
+        entries(1, 81..101)
+    );
     assert_eq!(reads.load(Ordering::SeqCst), 10);
     assert_eq!(all(&group), entries(1, 1..101));
 }
@@ -40,8 +46,19 @@ fn a_read_stops_at_its_limit_but_gives_one_entry() {
     let group = open(&disk).group(GroupId(1));
     append(&group, entries(1, 5..10));
     let read = |range, bytes| group.read(range, bytes).unwrap().len();
-    assert_eq!((read(5..10, 0), read(5..10, 299), read(5..10, 300)), (1, 2, 3));
-    assert_eq!((read(0..6, 999), read(9..99, 999), read(10..99, 9), read(7..7, 9)), (1, 1, 0, 0));
+    assert_eq!(
+        (read(5..10, 0), read(5..10, 299), read(5..10, 300)),
+        (1, 2, 3)
+    );
+    assert_eq!(
+        (
+            read(0..6, 999),
+            read(9..99, 999),
+            read(10..99, 9),
+            read(7..7, 9)
+        ),
+        (1, 1, 0, 0)
+    );
 }
 
 #[test]
@@ -93,9 +110,16 @@ fn what_would_leave_a_hole_or_overwrite_is_refused() {
     let disk = MemoryDisk::default();
     let group = open(&disk).group(GroupId(1));
     append(&group, entries(1, 3..6));
-    for wrong in [entries(1, 7..8), entries(1, 5..6), [entries(1, 6..7), entries(1, 8..9)].concat()] {
+    for wrong in [
+        entries(1, 7..8),
+        entries(1, 5..6),
+        [entries(1, 6..7), entries(1, 8..9)].concat(),
+    ] {
         let (done, outcome) = done();
-        assert_eq!(group.append(wrong, done).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(
+            group.append(wrong, done).unwrap_err().kind(),
+            io::ErrorKind::InvalidInput
+        );
         assert!(outcome.recv().unwrap().is_err());
     }
     assert_eq!(all(&group), entries(1, 3..6));
@@ -111,5 +135,8 @@ fn what_would_leave_a_hole_or_overwrite_is_refused() {
     append(&group, entries(2, 21..23));
     purge(&group, id(1, 4));
     assert_eq!(group.purged(), Some(id(2, 20)));
-    assert_eq!(all(&open(&cut(&disk)).group(GroupId(1))), entries(2, 21..23));
+    assert_eq!(
+        all(&open(&cut(&disk)).group(GroupId(1))),
+        entries(2, 21..23)
+    );
 }

@@ -10,7 +10,10 @@ fn files(disk: &MemoryDisk, suffix: &str) -> usize {
 
 fn spares(disk: &MemoryDisk) -> usize {
     let names = disk.list().unwrap();
-    names.iter().filter(|name| name.starts_with("spare-")).count()
+    names
+        .iter()
+        .filter(|name| name.starts_with("spare-"))
+        .count()
 }
 
 #[test]
@@ -26,7 +29,12 @@ fn a_full_segment_is_followed_by_another() {
     append(&one, entries(1, 100..200));
     append(&one, vec![entry(1, 200, 10_000)]);
     append(&one, entries(2, 201..202));
-    let expected = [entries(1, 1..200), vec![entry(1, 200, 10_000)], entries(2, 201..202)].concat();
+    let expected = [
+        entries(1, 1..200),
+        vec![entry(1, 200, 10_000)],
+        entries(2, 201..202),
+    ]
+    .concat();
     assert_eq!(all(&one), expected);
     assert!(log.stats().segments > 8, "{:?}", log.stats());
     let after = open(&cut(&disk));
@@ -52,13 +60,20 @@ fn segments_go_when_nothing_lives_in_them_and_are_used_again() {
     log.close().unwrap();
     // The first one still holds the idle group's only entry.
     assert!(disk.list().unwrap().contains(&"00000001.log".to_owned()));
-    assert!(files(&disk, ".log") <= 5 && spares(&disk) <= 2, "{:?}", disk.list());
+    assert!(
+        files(&disk, ".log") <= 5 && spares(&disk) <= 2,
+        "{:?}",
+        disk.list()
+    );
     for disk in [cut(&disk), disk.power_cut(|| true)] {
         let log = open(&disk);
         let (one, idle) = (log.group(GroupId(1)), log.group(GroupId(2)));
         assert_eq!(all(&one), entries(49, 996..1001));
         assert_eq!(one.purged(), Some(id(49, 995)));
-        assert_eq!((all(&idle), idle.vote().unwrap()), (entries(1, 1..2), Bytes::from_static(b"idle")));
+        assert_eq!(
+            (all(&idle), idle.vote().unwrap()),
+            (entries(1, 1..2), Bytes::from_static(b"idle"))
+        );
         assert_eq!(idle.committed(), Some(id(1, 1)));
         log.close().unwrap();
     }
@@ -75,12 +90,19 @@ fn a_truncation_outlives_the_segment_it_was_written_in() {
     append(&filler, entries(1, 20..60));
     purge(&filler, id(1, 58));
     log.close().unwrap();
-    assert!(!disk.list().unwrap().contains(&"00000002.log".to_owned()), "{:?}", disk.list());
+    assert!(
+        !disk.list().unwrap().contains(&"00000002.log".to_owned()),
+        "{:?}",
+        disk.list()
+    );
     let log = open(&disk);
     assert_eq!(all(&log.group(GroupId(1))), entries(1, 1..6));
     append(&log.group(GroupId(1)), entries(2, 6..7));
     log.close().unwrap();
-    assert_eq!(all(&open(&disk).group(GroupId(1))), [entries(1, 1..6), entries(2, 6..7)].concat());
+    assert_eq!(
+        all(&open(&disk).group(GroupId(1))),
+        [entries(1, 1..6), entries(2, 6..7)].concat()
+    );
 }
 
 #[test]
@@ -104,4 +126,38 @@ fn a_segment_is_freed_only_after_the_purge_is_durable() {
     for image in images {
         assert_eq!(open(&image).group(GroupId(1)).purged(), Some(id(1, 58)));
     }
+}
+
+#[test]
+fn readers_never_see_what_a_file_is_used_for_next() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = Options {
+        dir: dir.path().to_owned(),
+        tail_bytes: 0,
+        ..options()
+    };
+    let log = Log::open(options, &owner()).unwrap();
+    let group = log.group(GroupId(1));
+    std::thread::scope(|scope| {
+        for _ in 0..2 {
+            let group = group.clone();
+            scope.spawn(move || {
+                let mut reads = 0;
+                while group.last().is_none_or(|last| last.index < 3000) {
+                    for found in group.read(0..u64::MAX, 4000).unwrap() {
+                        assert_eq!(found, entry(found.id.term, found.id.index, 100));
+                        reads += 1;
+                    }
+                }
+                assert!(reads > 0);
+            });
+        }
+        for round in 0..150 {
+            let first = round * 20 + 1;
+            append(&group, entries(round, first..first + 20));
+            purge(&group, id(round, first + 10));
+        }
+    });
+    log.close().unwrap();
+    assert_eq!(all(&group), entries(149, 2992..3001));
 }
