@@ -161,3 +161,73 @@ fn readers_never_see_what_a_file_is_used_for_next() {
     log.close().unwrap();
     assert_eq!(all(&group), entries(149, 2992..3001));
 }
+
+/// Appends and purges until files have been used again and again.
+fn churn(group: &GroupLog, rounds: std::ops::Range<u64>) {
+    for round in rounds {
+        let first = round * 20 + 1;
+        append(group, entries(round, first..first + 20));
+        purge(group, id(round, first + 19));
+    }
+}
+
+#[test]
+fn a_file_that_somebody_reads_is_not_written_anew() {
+    let disk = MemoryDisk::default();
+    let options = Options {
+        tail_bytes: 0,
+        ..options()
+    };
+    let log = Log::open_on(Arc::new(disk.clone()), options, &owner()).unwrap();
+    let group = log.group(GroupId(1));
+    append(&group, entries(0, 1..21));
+    let (reading_tx, reading) = channel();
+    let (go_tx, go_rx) = channel::<()>();
+    let (reading_tx, go_rx) = (Mutex::new(reading_tx), Mutex::new(go_rx));
+    disk.on_op(move |op, _| {
+        if op == Op::Read {
+            reading_tx.lock().unwrap().send(()).unwrap();
+            go_rx.lock().unwrap().recv().unwrap();
+        }
+        Ok(())
+    });
+    std::thread::scope(|scope| {
+        let reader = scope.spawn(|| group.read(1..2, 0));
+        reading.recv().unwrap();
+        churn(&group, 1..50);
+        go_tx.send(()).unwrap();
+        assert_eq!(reader.join().unwrap().unwrap(), entries(0, 1..2));
+    });
+}
+
+#[test]
+fn power_may_fail_whenever_a_file_changes_its_name() {
+    let disk = MemoryDisk::default();
+    let log = open(&disk);
+    let group = log.group(GroupId(1));
+    let images = Arc::new(Mutex::new(Vec::new()));
+    let (kept, watched) = (images.clone(), disk.clone());
+    disk.on_op(move |op, _| {
+        if matches!(op, Op::Rename | Op::Remove | Op::SyncDir) {
+            // The list is locked first, so that the images stand in order.
+            kept.lock().unwrap().push(cut(&watched));
+        }
+        Ok(())
+    });
+    churn(&group, 0..30);
+    log.close().unwrap();
+    let images = std::mem::take(&mut *images.lock().unwrap());
+    assert!(images.len() > 30);
+    let mut purged = 0;
+    for image in images {
+        let found = open(&image)
+            .group(GroupId(1))
+            .purged()
+            .map_or(0, |id| id.index);
+        assert!(
+            found >= purged,
+            "{found} after {purged}: what was durable is gone"
+        );
+        purged = found;
+    }
+}
