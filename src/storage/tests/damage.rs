@@ -163,7 +163,7 @@ fn newer_segments_and_frames_are_refused_by_version() {
     header[8] = 2;
     let of_header = sum(&header[..segment::HEADER], 12);
     header[12..16].copy_from_slice(&of_header);
-    let mut frame = whole.clone();
+    let mut frame = whole;
     frame[start + 8] = 3;
     let of_frame = sum(&frame[start..end], 4);
     frame[start + 4..start + 8].copy_from_slice(&of_frame);
