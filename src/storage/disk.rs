@@ -58,13 +58,15 @@ pub struct RealDisk {
 }
 
 impl RealDisk {
-    /// Creates the directory, durably, when it is not there.
+    /// Creates the directory and those above it, durably, when they are not there.
     pub fn new(dir: &Path) -> io::Result<Self> {
-        if !dir.is_dir() {
-            fs::create_dir_all(dir)?;
-            if let Some(parent) = dir.canonicalize()?.parent() {
-                File::open(parent)?.sync_all()?;
-            }
+        let missing: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.exists()).collect();
+        fs::create_dir_all(dir)?;
+        for created in missing {
+            let parent = created
+                .parent()
+                .filter(|parent| !parent.as_os_str().is_empty());
+            File::open(parent.unwrap_or(Path::new(".")))?.sync_all()?;
         }
         Ok(Self {
             dir: dir.to_owned(),

@@ -151,7 +151,8 @@ impl Log {
         };
         let identity = identity::claim(&*disk, &dir, owner)?;
         let recovered = recover(&*disk, &dir)?;
-        let (spares, spares_thread) = Spares::start(&disk, &options)?;
+        let (spares, spares_thread) =
+            Spares::start(&disk, &options, recovered.segments.is_empty())?;
         let mut groups = HashMap::new();
         let mut tracks = HashMap::new();
         for (number, (state, track)) in recovered.groups {

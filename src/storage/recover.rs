@@ -162,12 +162,7 @@ impl Scan {
         if offset < self.header.head_end || bad == Bad::Kind {
             return Err(self.damaged(offset, bad.to_string()));
         }
-        let dirty_to = self
-            .bytes
-            .iter()
-            .rposition(|byte| *byte != 0)
-            .map_or(0, |last| last + 1)
-            .max(at);
+        let dirty_to = written_end(&self.bytes).max(at);
         let mark = self.segment.incarnation.to_le_bytes();
         let places = self.bytes[at..dirty_to].windows(mark.len()).enumerate();
         for (place, _) in places.filter(|(place, window)| *place > 16 && *window == mark) {
@@ -194,6 +189,20 @@ impl Scan {
             what: what.into(),
         }
     }
+}
+
+/// One past the last byte that is not zero.
+fn written_end(bytes: &[u8]) -> usize {
+    const PAGE: [u8; 4096] = [0; 4096];
+    // A preallocated segment is mostly zeros: compare pages first.
+    let zeros = bytes
+        .rchunks(PAGE.len())
+        .take_while(|page| **page == PAGE[..page.len()]);
+    let end = bytes.len() - zeros.map(<[u8]>::len).sum::<usize>();
+    bytes[..end]
+        .iter()
+        .rposition(|byte| *byte != 0)
+        .map_or(0, |last| last + 1)
 }
 
 impl Replay {

@@ -46,10 +46,11 @@ struct Keeper {
 }
 
 impl Spares {
-    /// Takes over spares of an earlier run and starts the thread.
+    /// Takes over spares of an earlier run and starts the thread. A log without segments gets its first spare at once.
     pub(super) fn start(
         disk: &Arc<dyn Disk>,
         options: &Options,
+        new: bool,
     ) -> Result<(Self, JoinHandle<()>), Error> {
         let dir: &Path = &options.dir;
         let mut keeper = Keeper {
@@ -73,6 +74,11 @@ impl Spares {
                 disk.remove(&name)
                     .map_err(Error::io("remove", &dir.join(&name)))?;
             }
+        }
+        if new {
+            keeper
+                .prepare()
+                .map_err(Error::io("preallocate a segment in", dir))?;
         }
         let (asks_tx, asks_rx) = mpsc::channel();
         let spares = Self {

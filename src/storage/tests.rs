@@ -6,7 +6,9 @@ use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
 
-use crate::storage::{Done, Entry, Error, GroupLog, Log, LogId, MemoryDisk, Options, Owner, segment};
+use crate::storage::{
+    Done, Entry, Error, GroupLog, Log, LogId, MemoryDisk, Options, Owner, segment,
+};
 use crate::types::GroupId;
 
 mod crash;

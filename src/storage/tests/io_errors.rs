@@ -34,7 +34,9 @@ fn appends_that_gather_during_a_sync_share_the_next() {
     let before = log.stats();
     let gate = gate(&disk);
     let (first, first_outcome) = done();
-    log.group(GroupId(0)).append(entries(1, 1..2), first).unwrap();
+    log.group(GroupId(0))
+        .append(entries(1, 1..2), first)
+        .unwrap();
     gate.arrived.recv().unwrap();
 
     let (order_tx, order_rx) = channel();
@@ -45,10 +47,16 @@ fn appends_that_gather_during_a_sync_share_the_next() {
         let done: Done = Box::new(move |result| order_tx.send((n, result.is_ok())).unwrap());
         group.append(entries(1, index..index + 1), done).unwrap();
         assert_eq!(group.last(), Some(id(1, index)), "readable at once");
-        assert_eq!(group.read(index..index + 1, 1).unwrap(), entries(1, index..index + 1));
+        assert_eq!(
+            group.read(index..index + 1, 1).unwrap(),
+            entries(1, index..index + 1)
+        );
     }
     assert_eq!(log.stats().waiting_bytes, 101 * 156);
-    assert!(order_rx.try_recv().is_err(), "nothing may be acknowledged before its sync");
+    assert!(
+        order_rx.try_recv().is_err(),
+        "nothing may be acknowledged before its sync"
+    );
     gate.open.send(Ok(())).unwrap();
     gate.arrived.recv().unwrap();
     first_outcome.recv().unwrap().unwrap();
@@ -57,7 +65,11 @@ fn appends_that_gather_during_a_sync_share_the_next() {
     let order: Vec<_> = (0..100).map(|_| order_rx.recv().unwrap()).collect();
     assert_eq!(order, (1..=100).map(|n| (n, true)).collect::<Vec<_>>());
     let after = log.stats();
-    assert_eq!(after.syncs - before.syncs, 2, "one for the first, one for all others");
+    assert_eq!(
+        after.syncs - before.syncs,
+        2,
+        "one for the first, one for all others"
+    );
     assert_eq!(after.batches - before.batches, 2);
     assert_eq!((after.frames, after.waiting_bytes), (101, 0));
     gate.open.send(Ok(())).unwrap();
@@ -78,8 +90,14 @@ fn committed_marks_cost_no_sync() {
     group.save_committed(Some(id(1, 2))).unwrap();
     append(&group, entries(1, 3..4));
     let after = log.stats();
-    assert_eq!((after.syncs - before.syncs, after.frames - before.frames), (1, 2));
-    assert_eq!(open(&cut(&disk)).group(GroupId(1)).committed(), Some(id(1, 2)));
+    assert_eq!(
+        (after.syncs - before.syncs, after.frames - before.frames),
+        (1, 2)
+    );
+    assert_eq!(
+        open(&cut(&disk)).group(GroupId(1)).committed(),
+        Some(id(1, 2))
+    );
 }
 
 #[test]
@@ -104,7 +122,8 @@ fn a_failed_sync_or_write_poisons_the_log() {
         group.append(entries(1, 2..3), written).unwrap();
         reached.recv().unwrap();
         let (waiting, waiting_outcome) = done();
-        log.group(GroupId(2)).save_vote(Bytes::from_static(b"v"), waiting);
+        log.group(GroupId(2))
+            .save_vote(Bytes::from_static(b"v"), waiting);
         go_tx.send(()).unwrap();
         for outcome in [written_outcome, waiting_outcome] {
             let error = outcome.recv().unwrap().unwrap_err();
@@ -133,7 +152,12 @@ fn a_panicking_callback_fails_the_log_and_leaves_nobody_waiting() {
     let log = open(&disk);
     let group = log.group(GroupId(1));
     let gate = gate(&disk);
-    group.append(entries(1, 1..2), Box::new(|_| panic!("as the test wants it"))).unwrap();
+    group
+        .append(
+            entries(1, 1..2),
+            Box::new(|_| panic!("as the test wants it")),
+        )
+        .unwrap();
     gate.arrived.recv().unwrap();
     let (waiting, outcome) = done();
     group.append(entries(1, 2..3), waiting).unwrap();

@@ -31,7 +31,10 @@ fn everything_survives_a_restart() {
     assert_eq!(all(&one), [entries(1, 0..5), entries(2, 5..6)].concat());
     assert_eq!(one.vote().as_deref(), Some(&b"vote"[..]));
     assert_eq!(one.committed(), Some(id(1, 3)));
-    assert_eq!((one.first(), one.last(), one.purged()), (Some(0), Some(id(2, 5)), None));
+    assert_eq!(
+        (one.first(), one.last(), one.purged()),
+        (Some(0), Some(id(2, 5)), None)
+    );
     assert_eq!(one.leader_starts(), [id(1, 0), id(2, 5)]);
     assert_eq!(all(&two), entries(4, 11..12));
     assert_eq!((two.first(), two.purged()), (Some(11), Some(id(4, 10))));
@@ -59,7 +62,12 @@ fn another_owners_directory_is_refused() {
     open(&disk).close().unwrap();
     for (cluster_id, node) in [("other", 7), ("test", 8)] {
         let cluster_id = cluster_id.to_owned();
-        let error = Log::open_on(Arc::new(disk.clone()), options(), &Owner { cluster_id, node }).unwrap_err();
+        let error = Log::open_on(
+            Arc::new(disk.clone()),
+            options(),
+            &Owner { cluster_id, node },
+        )
+        .unwrap_err();
         assert!(matches!(error, Error::WrongOwner { .. }), "{error}");
         let text = error.to_string();
         for part in ["log/identity", "node 7", "`test`", &format!("node {node}")] {
@@ -80,7 +88,17 @@ fn a_newer_directory_is_refused() {
     };
     identity::write(&disk, &identity).unwrap();
     let error = try_open(&disk).unwrap_err();
-    assert!(matches!(error, Error::NewerVersion { found: 9, supported: 1, .. }), "{error}");
+    assert!(
+        matches!(
+            error,
+            Error::NewerVersion {
+                found: 9,
+                supported: 1,
+                ..
+            }
+        ),
+        "{error}"
+    );
     assert!(error.to_string().contains("log/identity"), "{error}");
 }
 
@@ -93,10 +111,16 @@ fn a_damaged_or_lost_identity_is_refused() {
         let mut bad = good.clone();
         bad[at] ^= 1;
         disk.put_bytes("identity", bad);
-        assert!(matches!(try_open(&disk).unwrap_err(), Error::Damaged { .. }), "byte {at}");
+        assert!(
+            matches!(try_open(&disk).unwrap_err(), Error::Damaged { .. }),
+            "byte {at}"
+        );
     }
     disk.put_bytes("identity", good);
     open(&disk).close().unwrap();
     crate::storage::Disk::remove(&disk, "identity").unwrap();
-    assert!(matches!(try_open(&disk).unwrap_err(), Error::NoIdentity { .. }));
+    assert!(matches!(
+        try_open(&disk).unwrap_err(),
+        Error::NoIdentity { .. }
+    ));
 }
