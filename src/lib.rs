@@ -1,6 +1,7 @@
 //! Firth: a clustered edge broker. Each module is a room; `tests/tidy.rs` holds who may import whom.
 
 pub mod auth;
+pub mod client;
 pub mod stdx;
 pub mod tasks;
 pub mod transport;
