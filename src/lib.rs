@@ -3,7 +3,9 @@
 pub mod auth;
 pub mod broker;
 pub mod channel;
+pub mod client;
 pub mod cluster;
+pub mod gateway;
 pub mod placement;
 pub mod raft;
 pub mod session;
