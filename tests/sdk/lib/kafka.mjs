@@ -5,7 +5,7 @@ import path from 'node:path';
 import readline from 'node:readline';
 
 import { ROOT, freePorts, run, start, startPiped, stop, tail, tempFolder } from './process.mjs';
-import { inTime, until } from './wait.mjs';
+import { fatal, inTime, until } from './wait.mjs';
 
 const JARS = process.env.FIRTH_KAFKA_JARS ?? path.join(ROOT, 'target/kafka');
 const CLUSTER_ID = 'FirthTestsKafkaCluster';
@@ -57,7 +57,7 @@ export class Kafka {
     broker.process = start(java(options, 'kafka.Kafka', broker.properties), { log: broker.log });
     await until(
       () => {
-        if (broker.process.exitCode !== null) throw new Error(`broker ${id} ended with ${broker.process.exitCode}`);
+        if (broker.process.exitCode !== null) throw fatal(`broker ${id} ended with ${broker.process.exitCode}`);
         return count(broker.log, STARTED) > before;
       },
       { what: `Kafka broker ${id} to serve`, within: 90_000, every: 100 },

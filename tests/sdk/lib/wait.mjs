@@ -2,8 +2,8 @@
 
 /** Polls `condition` until it answers something truthy, which is returned.
  *
- * `condition` may be async; what it throws counts as "not yet" and is told when time is up. `what` ends the sentence
- * "gave up waiting for …". `within` and `every` are in milliseconds.
+ * `condition` may be async; what it throws counts as "not yet" and is told when time is up, unless it is `fatal`.
+ * `what` ends the sentence "gave up waiting for …". `within` and `every` are in milliseconds.
  */
 export async function until(condition, { what, within = 20_000, every = 25 }) {
   const deadline = Date.now() + within;
@@ -14,11 +14,17 @@ export async function until(condition, { what, within = 20_000, every = 25 }) {
       if (answer) return answer;
       last = `last answer: ${show(answer)}`;
     } catch (error) {
+      if (error.fatal) throw error;
       last = `last error: ${error.message ?? error}`;
     }
     if (Date.now() > deadline) throw new Error(`gave up after ${within} ms waiting for ${what}; ${last}`);
     await pause(every);
   }
+}
+
+/** An error that no further waiting can mend. */
+export function fatal(message) {
+  return Object.assign(new Error(message), { fatal: true });
 }
 
 /** `promise`, or an error that names `what` after `within` milliseconds. */
