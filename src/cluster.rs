@@ -52,8 +52,6 @@ pub struct Options {
     pub nodes: BTreeMap<NodeId, Peer>,
     /// Shards of the cluster; fixed at its creation, 1 to 256.
     pub shards: u32,
-    /// How many times this node has started on its data directory.
-    pub generation: u64,
     /// What the cluster is born with; ignored by one that lives already.
     pub bootstrap: wire::Bootstrap,
     pub raft: raft::Options,

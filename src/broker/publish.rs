@@ -55,20 +55,18 @@ impl From<PublishError> for ErrorInfo {
 #[derive(Debug)]
 pub struct Published(Result<Submitted, SubmitError>);
 
-/// What a stored publish got: the record's serial, its first one if it is a repetition. `None` where only its Kafka
-/// position is remembered.
-pub type Stored = Option<Serial>;
-
 impl Published {
     pub(super) const fn new(submitted: Result<Submitted, SubmitError>) -> Self {
         Self(submitted)
     }
 
-    /// Waits until the publish is durable on a majority, or is known not to be, or time is up.
+    /// Waits until the publish is durable on a majority, or is known not to be, or time is up. Tells the record's
+    /// serial, the first one if it is a repetition (`None` where only its Kafka position is remembered), and whether it
+    /// is one.
     ///
     /// # Errors
     /// See [`PublishError`].
-    pub async fn outcome(self) -> Result<(Stored, bool), PublishError> {
+    pub async fn outcome(self) -> Result<(Option<Serial>, bool), PublishError> {
         let outcome = match self.0 {
             Ok(submitted) => submitted.await.unwrap_or(Err(SubmitError::Indeterminate)),
             Err(err) => Err(err),

@@ -195,8 +195,7 @@ impl Cluster {
         let Some(leader) = leader.filter(|leader| *leader != self.node()) else {
             return;
         };
-        let generation = self.0.options.generation;
-        let body = peer::Alive { generation }.encode_to_vec().into();
+        let body = peer::Alive {}.encode_to_vec().into();
         let (transport, group) = (&self.0.transport, GroupId::CONTROL);
         // A pulse that does not arrive is what silence means.
         let _ = transport.call(leader, Lane::Raft, ALIVE, group, body, PULSE).await;

@@ -20,6 +20,9 @@ use crate::types::{GroupId, NodeId, ShardId};
 /// Bumped when a cluster is restored from a backup, so that no serial repeats.
 const INCARNATION: u16 = 1;
 
+/// How often a node that is catching up at its start says so.
+const CATCH_UP_REPORT: Duration = Duration::from_secs(5);
+
 /// What the cluster stands on.
 pub struct Parts {
     pub log: Log,
@@ -90,7 +93,8 @@ impl Cluster {
         Ok(())
     }
 
-    /// Waits until the cluster is born and each group has a leader.
+    /// Waits until the cluster is born, each group has a leader, and this node shows what was acknowledged before:
+    /// a client that attached earlier would take the past for news.
     ///
     /// # Errors
     /// When the cluster was created with other settings than this node's.
@@ -110,6 +114,9 @@ impl Cluster {
             let mut leadership = self.leadership(shard);
             let led = leadership.wait_for(|known| known.leader.is_some()).await;
             led.map_err(|_| Error::Stopping)?;
+            while let Err(err) = self.catch_up(shard, CATCH_UP_REPORT).await {
+                tracing::info!(%shard, reason = %err, "still catching up");
+            }
         }
         Ok(())
     }

@@ -1,0 +1,100 @@
+//! The calls the CLI makes to a node's admin listener.
+
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::admin::Status;
+
+const PATIENCE: Duration = Duration::from_secs(5);
+/// No answer is larger.
+const ANSWER_BYTES_MAX: u64 = 16 << 20;
+
+/// Why a call has no answer.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("`{0}` is not of the form http://host:port")]
+    Url(String),
+    #[error("cannot reach {url}: {reason}")]
+    Unreachable { url: String, reason: String },
+    #[error("{url} answered {status}: {body}")]
+    Refused {
+        url: String,
+        status: u16,
+        body: String,
+    },
+}
+
+/// Fetches `path` from the admin listener at `url`.
+///
+/// # Errors
+/// When there is no answer, or not the answer 200.
+pub async fn get(url: &str, path: &str) -> Result<String, Error> {
+    let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/'));
+    let authority = authority.ok_or_else(|| Error::Url(url.to_owned()))?;
+    let unreachable = |reason: String| Error::Unreachable {
+        url: url.to_owned(),
+        reason,
+    };
+    let exchange = async {
+        let mut stream = TcpStream::connect(authority).await?;
+        let head = format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\n\r\n");
+        stream.write_all(head.as_bytes()).await?;
+        let mut answer = String::new();
+        stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer).await?;
+        std::io::Result::Ok(answer)
+    };
+    let answer = tokio::time::timeout(PATIENCE, exchange).await;
+    let answer = answer.map_err(|_| unreachable("no answer in time".to_owned()))?;
+    let answer = answer.map_err(|err| unreachable(err.to_string()))?;
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
+    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    match status {
+        Some(200) => Ok(body.to_owned()),
+        Some(status) => Err(Error::Refused {
+            url: url.to_owned(),
+            status,
+            body: body.trim().to_owned(),
+        }),
+        None => Err(unreachable("the answer is not HTTP".to_owned())),
+    }
+}
+
+/// What a node says of itself and its cluster.
+///
+/// # Errors
+/// As [`get`].
+pub async fn status(url: &str) -> Result<Status, Error> {
+    let body = get(url, "/status").await?;
+    serde_json::from_str(&body).map_err(|err| Error::Unreachable {
+        url: url.to_owned(),
+        reason: format!("the answer cannot be read: {err}"),
+    })
+}
+
+/// The status as a person reads it.
+#[must_use]
+pub fn table(status: &Status) -> String {
+    let known = |leader: Option<u64>| leader.map_or("-".to_owned(), |leader| leader.to_string());
+    let mut text = format!(
+        "cluster {}   asked node {}   version {}   control leader {}\n\nNODE  CLIENTS                       ADMIN                         LEADS\n",
+        status.cluster,
+        status.node,
+        status.version,
+        known(status.control.leader)
+    );
+    for node in &status.nodes {
+        let leads = status.shards.iter().filter(|shard| shard.leader == Some(node.id)).count();
+        text += &format!("{:<5} {:<29} {:<29} {leads}\n", node.id, node.url, node.admin);
+    }
+    text += "\nSHARD  LEADER  TERM   APPLIED\n";
+    for shard in &status.shards {
+        let leader = known(shard.leader);
+        text += &format!("{:<6} {leader:<7} {:<6} {}\n", shard.id, shard.term, shard.applied);
+    }
+    for bridge in &status.bridges {
+        text += &format!("\nbridge {bridge}\n");
+    }
+    text
+}

@@ -1,0 +1,155 @@
+//! A whole node: built bottom-up, stopped top-down.
+
+pub mod dev;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+
+use crate::admin::{self, Serving};
+use crate::bridge::Bridge;
+use crate::broker::{Broker, Hub};
+use crate::cluster::{self, Cluster};
+use crate::config::Config;
+use crate::gateway::Gateway;
+use crate::storage::Log;
+use crate::tasks::Tasks;
+use crate::telemetry;
+use crate::transport::Transport;
+
+/// How long clients may take to be sent away.
+const CLIENTS_GRACE: Duration = Duration::from_secs(3);
+/// How long the bridge may take to commit or abort.
+const BRIDGE_GRACE: Duration = Duration::from_secs(5);
+/// How long handing over leaderships may take.
+const HAND_OVER_GRACE: Duration = Duration::from_secs(2);
+/// How long everything else may take.
+const TASKS_GRACE: Duration = Duration::from_secs(2);
+
+/// Runs a node until it is told to stop or cannot keep its promises.
+///
+/// # Errors
+/// Why it could not start, or had to stop.
+pub async fn run(config: Config, stop: impl Future<Output = ()>) -> anyhow::Result<()> {
+    telemetry::start(&config.telemetry)?;
+    let (root, mut fatal_rx) = Tasks::root();
+    let mut signals = Signals::new()?;
+    tokio::pin!(stop);
+    let node = tokio::select! {
+        node = Node::start(config, &root) => node?,
+        err = failure(&mut fatal_rx) => return Err(err),
+        () = signals.received() => return Ok(()),
+        () = &mut stop => return Ok(()),
+    };
+    let result = tokio::select! {
+        err = failure(&mut fatal_rx) => Err(err),
+        () = signals.received() => Ok(()),
+        () = &mut stop => Ok(()),
+    };
+    match &result {
+        Ok(()) => tracing::info!("stopping"),
+        Err(err) => tracing::error!(error = format!("{err:#}"), "the node cannot go on"),
+    }
+    tokio::select! {
+        () = node.stop(&root) => {}
+        () = signals.received() => tracing::warn!("stopped at once"),
+    }
+    result
+}
+
+async fn failure(fatal_rx: &mut mpsc::Receiver<anyhow::Error>) -> anyhow::Error {
+    match fatal_rx.recv().await {
+        Some(err) => err,
+        // Every task is gone: whoever stopped them says why.
+        None => std::future::pending().await,
+    }
+}
+
+struct Signals {
+    terminate: tokio::signal::unix::Signal,
+    interrupt: tokio::signal::unix::Signal,
+}
+
+impl Signals {
+    fn new() -> anyhow::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn received(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+struct Node {
+    log: Log,
+    cluster: Cluster,
+    bridge: Bridge,
+    doors: Tasks,
+    serving_tx: watch::Sender<Option<Serving>>,
+}
+
+impl Node {
+    async fn start(config: Config, root: &Tasks) -> anyhow::Result<Self> {
+        let node = config.cluster.node;
+        tracing::info!(%node, cluster = config.owner.cluster_id, "starting");
+        let (storage, owner) = (config.storage, config.owner);
+        let opened = tokio::task::spawn_blocking(move || Log::open(storage, &owner));
+        let log = opened.await?.context("cannot open the data directory")?;
+        let (serving_tx, serving_rx) = watch::channel(None);
+        admin::start(&config.admin, serving_rx, root).await?;
+        let doors = root.group();
+        let gateway = Gateway::bind(config.gateway).await?;
+        let transport = Transport::start(config.transport, root).context("cannot reach other nodes")?;
+        let hub = Arc::new(Hub::default());
+        let parts = cluster::Parts {
+            log: log.clone(),
+            transport,
+            sink: hub.clone(),
+        };
+        let cluster = Cluster::start(config.cluster, parts, root).await?;
+        cluster.ready().await?;
+        let broker = Broker::new(cluster.clone(), hub);
+        let bridge = Bridge::of_broker(broker.clone(), config.bridge, root);
+        gateway.serve(broker.clone(), &doors);
+        let bridge_status = bridge.clone();
+        serving_tx.send_replace(Some(Serving {
+            broker,
+            bridge: bridge_status,
+        }));
+        tracing::info!(%node, "serving");
+        Ok(Self {
+            log,
+            cluster,
+            bridge,
+            doors,
+            serving_tx,
+        })
+    }
+
+    async fn stop(self, root: &Tasks) {
+        self.serving_tx.send_replace(None);
+        if !self.doors.stop(CLIENTS_GRACE).await {
+            tracing::warn!("some clients did not leave in time");
+        }
+        self.bridge.stop(BRIDGE_GRACE).await;
+        self.cluster.stop(HAND_OVER_GRACE).await;
+        if !root.stop(TASKS_GRACE).await {
+            tracing::warn!("some tasks did not end in time");
+        }
+        let log = self.log;
+        match tokio::task::spawn_blocking(move || log.close()).await {
+            Ok(Ok(())) => tracing::info!("stopped"),
+            Ok(Err(err)) => tracing::error!(error = %err, "the log did not close cleanly"),
+            Err(err) => tracing::error!(error = %err, "the log did not close"),
+        }
+    }
+}
