@@ -56,6 +56,10 @@ impl Default for Limits {
 
 /// What the owner has to do, in the order given. Requests of different channels may be answered in any order.
 #[derive(Clone, Debug, PartialEq)]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "most effects are frames: boxing would cost each one an allocation"
+)]
 pub enum Effect {
     /// Write the frame.
     Send(Frame),

@@ -241,11 +241,7 @@ fn detaching_always_ends_in_detached() {
         send(&mut session, detach.clone()),
         [Effect::Detach { channel: name("c") }]
     );
-    assert_eq!(
-        send(&mut session, detach.clone()),
-        [],
-        "one detach is under way"
-    );
+    assert_eq!(send(&mut session, detach), [], "one detach is under way");
     session.handle_detached(&name("c"), NOW);
     assert_eq!(sent(&drain(&mut session)), detached);
     sent_and_closed(&send(&mut session, json!({"action": 12})), 9, 40000);
@@ -263,7 +259,7 @@ fn requests_wait_for_the_one_under_way_and_the_newest_counts() {
     send(&mut session, attach_frame.clone());
     assert_eq!(send(&mut session, detach_frame.clone()), []);
     session.handle_attached(&name("c"), at(5, Continuity::Fresh), NOW);
-    assert_eq!(drain(&mut session), [detach.clone()]);
+    assert_eq!(drain(&mut session), std::slice::from_ref(&detach));
     // ATTACH while detaching: no DETACHED after it.
     let late = json!({"action": 10, "channel": "c", "channelSerial": serial(3).to_string()});
     assert_eq!(send(&mut session, late), []);
@@ -352,6 +348,16 @@ fn a_channel_that_cannot_be_followed_is_retried_or_failed() {
         sent(&drain(&mut session)),
         json!({"action": 13, "channel": "c"})
     );
+    // It changed its mind twice: only the newest request is left to do.
+    send(&mut session, json!({"action": 10, "channel": "c"}));
+    send(&mut session, json!({"action": 12, "channel": "c"}));
+    send(&mut session, json!({"action": 10, "channel": "c"}));
+    session.handle_attachment_failed(&name("c"), &ErrorCode::NoLeader.into(), NOW);
+    assert_eq!(drain(&mut session), [attach_effect("c", None, true, false)]);
+    session.handle_attached(&name("c"), at(5, Continuity::Fresh), NOW);
+    assert_eq!(sent(&drain(&mut session))["action"], 11);
+    session.handle_detached(&name("c"), NOW);
+    drain(&mut session);
     // Lost by the owner without a word: the client attaches again by itself.
     attach(&mut session, "c");
     session.handle_detached(&name("c"), NOW);

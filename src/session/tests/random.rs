@@ -12,6 +12,7 @@ use crate::wire::ably::{Action, Format, Frame, Message, decode};
 
 /// One input of a random conversation; numbers choose among what is under way.
 #[derive(Clone, Debug)]
+#[expect(clippy::large_enum_variant, reason = "most inputs are frames")]
 enum Input {
     Frame(Frame),
     Published(prop::sample::Index, bool),
@@ -87,6 +88,8 @@ struct Model {
     followed: BTreeSet<ChannelName>,
     /// The newest request of the client for a channel, while it has no answer.
     expected: BTreeMap<String, Request>,
+    /// The present input is the owner's own ending of an attachment.
+    gave_up: bool,
     closed: bool,
 }
 
@@ -158,11 +161,14 @@ impl Model {
         if frame.action == Action::Attached {
             assert_ne!(expected, Some(Request::Detach), "ATTACHED after a DETACH");
         }
+        if frame.action == Action::Detached && expected == Some(Request::Attach) {
+            assert!(self.gave_up, "DETACHED after an ATTACH");
+        }
     }
 
     /// The owner has nothing to do with the channel any more.
     fn ended(&mut self, channel: &ChannelName) {
-        self.under_way.remove(channel);
+        self.gave_up = self.under_way.remove(channel) != Some(Request::Detach);
         self.followed.remove(channel);
     }
 
@@ -184,6 +190,7 @@ impl Model {
 
 fn apply(session: &mut Session, model: &mut Model, input: Input, now: &mut u64) {
     let channel = |n: u8| name(["a", "b", "c", "d", "e"][usize::from(n)]);
+    model.gave_up = false;
     match input {
         Input::Frame(mut frame) => {
             model.number(&mut frame);
@@ -266,6 +273,7 @@ proptest! {
             session.handle_published(ticket, Ok(serial(9)), now);
             model.follow(drain(&mut session));
         }
+        model.gave_up = false;
         while let Some((channel, request)) = model.under_way.pop_first() {
             match request {
                 Request::Attach => {
