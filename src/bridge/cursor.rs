@@ -7,15 +7,15 @@ const VERSION: u32 = 1;
 
 /// Every record of the shard up to and including `index` has been exported.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Cursor {
-    pub incarnation: u16,
+pub(super) struct Cursor {
+    pub(super) incarnation: u16,
     /// Raft log index; 0 before the first.
-    pub index: u64,
+    pub(super) index: u64,
 }
 
 /// A cursor record this build cannot act on. Guessing would lose or double messages.
 #[derive(Debug, thiserror::Error)]
-pub enum InvalidCursor {
+pub(super) enum InvalidCursor {
     #[error("cursor record is damaged: {0}")]
     Damaged(#[from] serde_json::Error),
     #[error("cursor record has version {0}, newer than {VERSION}")]
@@ -38,14 +38,14 @@ struct Versioned {
 impl Cursor {
     /// The value of the cursor record.
     #[must_use]
-    pub fn encode(self) -> String {
+    pub(super) fn encode(self) -> String {
         let Self { incarnation, index } = self;
         format!("{{\"version\":{VERSION},\"incarnation\":{incarnation},\"index\":{index}}}")
     }
 
     /// # Errors
     /// When the value is no cursor, or one of a newer version.
-    pub fn decode(value: &[u8]) -> Result<Self, InvalidCursor> {
+    pub(super) fn decode(value: &[u8]) -> Result<Self, InvalidCursor> {
         let Versioned { version } = serde_json::from_slice(value)?;
         if version > VERSION {
             return Err(InvalidCursor::Newer(version));

@@ -143,14 +143,14 @@ impl<T: Clone> Partition<T> {
 
     /// Nothing more should be read for now.
     pub(super) fn is_full(&self) -> bool {
-        let ended = matches!(self.phase, Phase::Fenced | Phase::Blocked(_));
-        ended || self.window.len() >= self.limits.records || self.bytes >= self.limits.bytes
+        self.is_over()
+            || self.window.len() >= self.limits.records
+            || self.bytes >= self.limits.bytes
     }
 
     /// Half of the window is free: reading may go on.
     pub(super) fn has_room(&self) -> bool {
-        let ended = matches!(self.phase, Phase::Fenced | Phase::Blocked(_));
-        !ended
+        !self.is_over()
             && self.window.len() <= self.limits.records / 2
             && self.bytes <= self.limits.bytes / 2
     }
@@ -165,12 +165,31 @@ impl<T: Clone> Partition<T> {
 
     /// Stops the partition for a reason found outside, such as a topic that was created anew.
     pub(super) fn block(&mut self, reason: String) {
-        self.phase = Phase::Blocked(reason);
+        self.end(Phase::Blocked(reason));
+    }
+
+    /// Nothing more comes of this ownership: what it holds is let go of, the floor stays.
+    fn end(&mut self, phase: Phase) {
+        self.phase = phase;
+        self.window.clear();
+        (self.bytes, self.submitted, self.in_flight) = (0, 0, 0);
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.phase, Phase::Fenced | Phase::Blocked(_))
+    }
+
+    /// Kafka itself no longer holds anything below `offset`.
+    pub(super) fn skip_to(&mut self, offset: i64) {
+        self.next = self.next.max(Some(offset));
+        if self.window.is_empty() {
+            self.floor = self.floor.max(Some(offset));
+        }
     }
 
     /// Takes the next record that was read. One that was read before is ignored.
     pub(super) fn offer(&mut self, offset: i64, bytes: usize, work: Work<T>) {
-        if self.next.is_some_and(|next| offset < next) {
+        if self.is_over() || self.next.is_some_and(|next| offset < next) {
             return;
         }
         self.next = Some(offset + 1);
@@ -202,9 +221,9 @@ impl<T: Clone> Partition<T> {
         while let Some(held) = self.window.get_mut(self.submitted) {
             match &held.work {
                 Work::Stop(reason) => {
+                    let reason = format!("record at offset {}: {reason}", held.offset);
                     if self.submitted == 0 {
-                        self.phase =
-                            Phase::Blocked(format!("record at offset {}: {reason}", held.offset));
+                        self.block(reason);
                     }
                     return None;
                 }
@@ -260,7 +279,10 @@ impl<T: Clone> Partition<T> {
                     Outcome::Duplicate(_) => self.counters.duplicates += 1,
                 }
             }
-            Err(PublishError::Fenced) => self.phase = Phase::Fenced,
+            Err(PublishError::Fenced) => {
+                self.end(Phase::Fenced);
+                return false;
+            }
             Err(PublishError::Refused(why)) if why.code.retry() == Retry::Never => {
                 held.work = Work::Stop(why.to_string());
                 self.drain();

@@ -148,7 +148,8 @@ impl<R> Exporter<R> {
         &self.state
     }
 
-    pub(super) fn committed(&self) -> Cursor {
+    #[cfg(test)]
+    fn committed(&self) -> Cursor {
         self.committed
     }
 

@@ -43,6 +43,8 @@ pub struct BridgeStatus {
     pub bridge: String,
     /// The worst of its parts.
     pub state: State,
+    /// Whether Kafka can be read from; absent on a node that reads nothing.
+    pub reading: Option<State>,
     /// Topic partitions this node carries into channels.
     pub inbound: Vec<PartitionStatus>,
     /// Shards this node carries out into topics.
@@ -90,13 +92,14 @@ pub struct ShardStatus {
 
 impl BridgeStatus {
     /// Derives the whole's state from its parts': blocked, then fenced, lagging, connecting, running.
-    #[must_use]
     pub(super) fn of(
         bridge: String,
+        reading: Option<State>,
         inbound: Vec<PartitionStatus>,
         outbound: Vec<ShardStatus>,
     ) -> Self {
-        let states = (inbound.iter().map(|p| &p.state)).chain(outbound.iter().map(|s| &s.state));
+        let parts = (inbound.iter().map(|p| &p.state)).chain(outbound.iter().map(|s| &s.state));
+        let states = parts.chain(&reading);
         let rank = |state: &&State| match state {
             State::Running => 0,
             State::Connecting => 1,
@@ -108,6 +111,7 @@ impl BridgeStatus {
         Self {
             bridge,
             state,
+            reading,
             inbound,
             outbound,
         }
@@ -128,12 +132,12 @@ mod tests {
             state: State::Running,
             ..Default::default()
         };
-        let status = BridgeStatus::of("b".into(), vec![running], vec![blocked]);
+        let status = BridgeStatus::of("b".into(), None, vec![running], vec![blocked]);
         let json = serde_json::to_value(&status).unwrap();
         assert_eq!(json["state"], "blocked: no such topic");
         assert_eq!(json["inbound"][0]["state"], "running");
         assert_eq!(
-            BridgeStatus::of("b".into(), vec![], vec![]).state,
+            BridgeStatus::of("b".into(), None, vec![], vec![]).state,
             State::Running
         );
     }

@@ -34,6 +34,9 @@ pub trait Upstream: Send + Sync + 'static {
         floors: Vec<control::Floor>,
     ) -> BoxFuture<'static, Result<(), String>>;
 
+    /// How many shards the cluster has, for its whole life.
+    fn shards(&self) -> u32;
+
     /// The shard a channel belongs to, for the cluster's whole life.
     fn shard_of(&self, channel: &ChannelKey) -> ShardId;
 
