@@ -423,19 +423,17 @@ impl Driver {
             self.shown = state.clone();
         }
         let counters = self.exporter.counters();
-        let applied = *self.applied.borrow();
-        let cursor = self.exporter.done_through();
         let status = ShardStatus {
             shard: self.job.shard.0,
             term: *self.job.term.borrow(),
             state: state.clone(),
-            cursor,
-            applied,
-            lag: applied.saturating_sub(cursor),
+            cursor: self.exporter.done_through(),
             records: counters.records,
             transactions: counters.transactions,
             aborts: counters.aborts,
             rebuilds: counters.rebuilds,
+            // Filled in when somebody asks.
+            ..ShardStatus::default()
         };
         let mut shown = self
             .job

@@ -34,7 +34,23 @@ pub(super) struct Shared(Mutex<BTreeMap<String, Parts>>);
 #[derive(Debug, Default)]
 struct Parts {
     inbound: Option<Arc<Mutex<Shown>>>,
-    outbound: BTreeMap<ShardId, Arc<Mutex<ShardStatus>>>,
+    outbound: BTreeMap<ShardId, ShownShard>,
+}
+
+#[derive(Debug)]
+struct ShownShard {
+    status: Arc<Mutex<ShardStatus>>,
+    applied: watch::Receiver<u64>,
+}
+
+impl ShownShard {
+    /// With the lag of now, not of when the exporter last looked.
+    fn status(&self) -> ShardStatus {
+        let mut status = lock(&self.status).clone();
+        status.applied = *self.applied.borrow();
+        status.lag = status.applied.saturating_sub(status.cursor);
+        status
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -48,7 +64,7 @@ impl Shared {
             let inbound = parts.inbound.as_ref().map(|shown| lock(shown));
             let reading = inbound.as_ref().map(|shown| shown.reading.clone());
             let partitions = inbound.map_or_else(Vec::new, |shown| shown.partitions.clone());
-            let shards = parts.outbound.values().map(|s| lock(s).clone()).collect();
+            let shards = parts.outbound.values().map(ShownShard::status).collect();
             BridgeStatus::of(bridge.clone(), reading, partitions, shards)
         });
         status.collect()
@@ -291,7 +307,8 @@ impl Manager {
             exporter::run(job, stop)
         })?;
         if let Some(parts) = lock(&self.shared.0).get_mut(&bridge.config.id) {
-            parts.outbound.insert(shard, status);
+            let applied = self.upstream.applied(shard);
+            parts.outbound.insert(shard, ShownShard { status, applied });
         }
         Ok(Export { term_tx, worker })
     }

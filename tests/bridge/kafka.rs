@@ -156,10 +156,17 @@ impl Kafka {
     pub(crate) fn create_topic(&self, name: &str, partitions: i32) {
         let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .build()
-            .unwrap();
-        let created = runtime.block_on(admin.create_topics([&topic], &AdminOptions::new()));
+        let created = admin.create_topics([&topic], &AdminOptions::new());
+        // On a thread of its own, as a test may be inside a runtime.
+        let created = std::thread::scope(|scope| {
+            let runtime = tokio::runtime::Builder::new_current_thread()
+                .build()
+                .unwrap();
+            scope
+                .spawn(move || runtime.block_on(created))
+                .join()
+                .unwrap()
+        });
         created.unwrap().remove(0).unwrap();
     }
 
