@@ -5,7 +5,7 @@
 pub mod call;
 mod status;
 
-pub use status::{NodeStatus, ShardStatus, Status};
+pub use status::{ControlStatus, NodeStatus, ShardStatus, Status};
 
 use std::net::SocketAddr;
 

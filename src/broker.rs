@@ -15,7 +15,8 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::channel::Range;
-use crate::cluster::{BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord};
+pub use crate::cluster::Registry;
+use crate::cluster::{BridgeState, Cluster, CommandError, Peer, ReadError, ShardPage, StoredRecord};
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, NodeId, Serial, ShardId};
 use crate::wire::control;
 

@@ -1,3 +1,144 @@
 //! The `firth` command.
 
-fn main() {}
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use firth::config::Config;
+use firth::transport::certs;
+use firth::types::NodeId;
+use firth::{admin, client, node};
+
+/// A clustered edge broker: Kafka's streams to every browser and phone, and back, in order, exactly once
+#[derive(Debug, Parser)]
+#[command(version, about, propagate_version = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run a whole cluster on this machine, nothing else needed
+    Dev(node::dev::Args),
+    /// Run one node
+    Serve(Serve),
+    #[command(flatten)]
+    Client(client::Command),
+    /// Ask a node about its cluster
+    #[command(subcommand)]
+    Admin(Admin),
+    /// Make certificates for the nodes of a cluster
+    #[command(subcommand)]
+    Certs(Certs),
+}
+
+#[derive(Debug, clap::Args)]
+struct Serve {
+    /// The node's configuration, TOML
+    #[arg(long, value_name = "FILE")]
+    config: PathBuf,
+    /// Check the configuration and end
+    #[arg(long)]
+    check: bool,
+    /// Stop when standard input ends
+    #[arg(long, hide = true)]
+    until_stdin_ends: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Admin {
+    /// Nodes, shards, leaders, bridges
+    Status {
+        /// A node's admin listener
+        #[arg(long, default_value = "http://127.0.0.1:9080")]
+        url: String,
+        /// Output form
+        #[arg(short, long, value_parser = ["table", "json"], default_value = "table")]
+        output: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum Certs {
+    /// Create a certificate authority
+    Ca {
+        /// Directory to write to; nothing in it is overwritten
+        dir: PathBuf,
+    },
+    /// Create a node's certificate, signed by the authority
+    Node {
+        /// Directory to write to; nothing in it is overwritten
+        dir: PathBuf,
+        /// Directory of the authority
+        #[arg(long)]
+        ca: PathBuf,
+        /// The cluster's id
+        #[arg(long)]
+        cluster: String,
+        /// The node's number
+        #[arg(long)]
+        node: u64,
+    },
+}
+
+/// What is wrong with how the command was called or configured, as clap has it.
+const USAGE: u8 = 2;
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let ran = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
+        let ran = runtime.block_on(run(cli.command));
+        // A blocked read of standard input must not hold the process.
+        runtime.shutdown_background();
+        ran
+    });
+    ran.unwrap_or_else(|err| {
+        complain(&err);
+        let usage = err.is::<firth::config::Error>();
+        ExitCode::from(if usage { USAGE } else { 1 })
+    })
+}
+
+#[expect(clippy::print_stderr, reason = "a command's last words belong to whoever called it")]
+fn complain(err: &anyhow::Error) {
+    eprintln!("firth: {err:#}");
+}
+
+#[expect(clippy::print_stdout, reason = "a command's answer")]
+fn say(text: &str) {
+    println!("{text}");
+}
+
+async fn run(command: Command) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Dev(args) => node::dev::run(args).await?,
+        Command::Serve(args) => serve(args).await?,
+        Command::Client(command) => return Ok(client::run(command).await?),
+        Command::Admin(Admin::Status { url, output }) => {
+            let status = admin::call::status(&url).await?;
+            match output.as_str() {
+                "json" => say(&serde_json::to_string_pretty(&status)?),
+                _ => say(&admin::call::table(&status)),
+            }
+        }
+        Command::Certs(Certs::Ca { dir }) => certs::create_ca(&dir)?,
+        Command::Certs(Certs::Node {
+            dir,
+            ca,
+            cluster,
+            node,
+        }) => certs::create_node(&dir, &ca, &cluster, NodeId(node), &[])?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn serve(args: Serve) -> anyhow::Result<()> {
+    let config = Config::load(&args.config)?;
+    if args.check {
+        say(&format!("{}: good", args.config.display()));
+        return Ok(());
+    }
+    node::run(config, node::stop_word(args.until_stdin_ends)).await
+}

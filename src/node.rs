@@ -22,8 +22,6 @@ use crate::transport::Transport;
 
 /// How long clients may take to be sent away.
 const CLIENTS_GRACE: Duration = Duration::from_secs(3);
-/// How long the bridge may take to commit or abort.
-const BRIDGE_GRACE: Duration = Duration::from_secs(5);
 /// How long handing over leaderships may take.
 const HAND_OVER_GRACE: Duration = Duration::from_secs(2);
 /// How long everything else may take.
@@ -118,7 +116,7 @@ impl Node {
         let cluster = Cluster::start(config.cluster, parts, root).await?;
         cluster.ready().await?;
         let broker = Broker::new(cluster.clone(), hub);
-        let bridge = Bridge::of_broker(broker.clone(), config.bridge, root);
+        let bridge = Bridge::on_broker(broker.clone(), config.bridge, root);
         gateway.serve(broker.clone(), &doors);
         let bridge_status = bridge.clone();
         serving_tx.send_replace(Some(Serving {
@@ -140,7 +138,7 @@ impl Node {
         if !self.doors.stop(CLIENTS_GRACE).await {
             tracing::warn!("some clients did not leave in time");
         }
-        self.bridge.stop(BRIDGE_GRACE).await;
+        self.bridge.stop().await;
         self.cluster.stop(HAND_OVER_GRACE).await;
         if !root.stop(TASKS_GRACE).await {
             tracing::warn!("some tasks did not end in time");
@@ -152,4 +150,16 @@ impl Node {
             Err(err) => tracing::error!(error = %err, "the log did not close"),
         }
     }
+}
+
+/// Resolves when standard input ends, if that is to be listened to.
+pub async fn stop_word(listen: bool) {
+    use tokio::io::AsyncReadExt as _;
+    if !listen {
+        return std::future::pending().await;
+    }
+    let mut input = tokio::io::stdin();
+    let mut buffer = [0; 64];
+    // What is said does not matter, nor how it ends.
+    while input.read(&mut buffer).await.is_ok_and(|bytes| bytes > 0) {}
 }

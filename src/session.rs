@@ -195,6 +195,13 @@ impl Session {
         self.closed
     }
 
+    /// Whether another publish would be taken up. An owner that reads no frame while this is `false` slows its client
+    /// down instead of having it refused.
+    #[must_use]
+    pub fn has_room(&self) -> bool {
+        self.answers.has_room()
+    }
+
     /// The next thing to do. Drain it after every `handle_*`.
     pub fn poll_effect(&mut self) -> Option<Effect> {
         self.effects.pop_front()

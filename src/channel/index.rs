@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use crate::types::Serial;
 
-/// First 16 bytes of the SHA-256 of an idempotency key.
+/// First 16 bytes of the SHA-256 of an idempotency key behind a byte that tells its kind.
 pub(super) type KeyDigest = [u8; 16];
 
 /// Where one retained record lies.

@@ -130,7 +130,7 @@ impl Shard {
         if let Some(refused) = publish.source.as_ref().and_then(|at| self.on_source(at)) {
             return refused;
         }
-        let digest = digest(&publish.id);
+        let digest = digest(&publish.id, &publish.connection_id);
         let index = self.channels.entry(key.clone()).or_default();
         if let Some(first) = index.keys.get(&digest) {
             return Outcome::Duplicate(Some(*first));
@@ -233,10 +233,11 @@ impl Shard {
         self.timers.first().is_some_and(|(due, _)| *due <= now_ms)
     }
 
-    /// The first serial of a publish with this idempotency key, while it is remembered.
+    /// The first serial of a publish with this idempotency key and publisher, while it is remembered.
     #[must_use]
-    pub fn seen(&self, key: &ChannelKey, id: &str) -> Option<Serial> {
-        self.channels.get(key)?.keys.get(&digest(id)).copied()
+    pub fn seen(&self, key: &ChannelKey, id: &str, connection_id: &str) -> Option<Serial> {
+        let digest = digest(id, connection_id);
+        self.channels.get(key)?.keys.get(&digest).copied()
     }
 
     /// Newest record of the channel ever, if the channel is remembered.
@@ -329,10 +330,16 @@ fn channel_key(publish: &entry::Publish) -> Option<ChannelKey> {
     })
 }
 
-fn digest(id: &str) -> KeyDigest {
-    let hash = ring::digest::digest(&ring::digest::SHA256, id.as_bytes());
+/// Ids that a connection's numbering gives (`connectionId:msgSerial`) and ids that publishers choose never meet: nobody
+/// can take another connection's next publish for a repetition by choosing its id first.
+fn digest(id: &str, connection_id: &str) -> KeyDigest {
+    let numbered = !connection_id.is_empty()
+        && id.strip_prefix(connection_id).is_some_and(|rest| rest.starts_with(':'));
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    context.update(&[u8::from(numbered)]);
+    context.update(id.as_bytes());
     let mut key = KeyDigest::default();
-    key.copy_from_slice(&hash.as_ref()[..16]);
+    key.copy_from_slice(&context.finish().as_ref()[..16]);
     key
 }
 

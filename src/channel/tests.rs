@@ -69,7 +69,21 @@ fn a_repeated_publish_is_stored_once_and_answered_with_its_first_serial() {
     let first = Outcome::Stored(at(5, 0));
     assert_eq!(outcomes, [first, Outcome::Duplicate(Some(at(5, 0))), Outcome::Stored(at(5, 2))]);
     assert!(shard.is_dropped(5, 1) && !shard.is_dropped(5, 0));
-    assert_eq!(shard.seen(&key("a"), "c:0"), Some(at(5, 0)));
+    assert_eq!(shard.seen(&key("a"), "c:0", ""), Some(at(5, 0)));
+}
+
+#[test]
+fn nobody_takes_a_connections_next_id_by_choosing_it_first() {
+    let mut shard = Shard::new(1);
+    let numbered = entry::Publish {
+        connection_id: "victim".into(),
+        ..publish("a", "victim:7")
+    };
+    let chosen = publish("a", "victim:7");
+    let outcomes = apply(&mut shard, 1, 0, vec![chosen.clone(), numbered.clone(), chosen, numbered]);
+    let (first, second) = (at(1, 0), at(1, 1));
+    assert_eq!(outcomes[..2], [Outcome::Stored(first), Outcome::Stored(second)]);
+    assert_eq!(outcomes[2..], [Outcome::Duplicate(Some(first)), Outcome::Duplicate(Some(second))]);
 }
 
 #[test]
@@ -80,7 +94,7 @@ fn a_record_and_its_key_are_gone_after_the_retention_by_stamps() {
     assert_eq!(shard.after(&key("a"), Serial::default().with(1), 9).unwrap().len(), 2);
     assert!(shard.has_due(2 * MINUTE) && !shard.has_due(2 * MINUTE - 1));
     apply(&mut shard, 3, 2 * MINUTE, vec![]);
-    assert_eq!(shard.seen(&key("a"), "x"), None);
+    assert_eq!(shard.seen(&key("a"), "x", ""), None);
     assert_eq!(shard.after(&key("a"), at(0, 0), 9), Err(Behind { floor: at(1, 0) }));
     let left = shard.after(&key("a"), at(1, 0), 9).unwrap();
     assert_eq!((left.len(), left[0].predecessor), (1, Some(at(1, 0))));

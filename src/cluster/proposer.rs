@@ -155,7 +155,8 @@ impl Task {
             for publish in batches.iter_mut().flat_map(|batch| batch.publishes.drain(..)) {
                 // A retry of what is stored already needs no entry: retries cost nothing but this look.
                 let seen = match publish.source {
-                    None => key_of(&publish).and_then(|key| state.seen(&key, &publish.id)),
+                    None => key_of(&publish)
+                        .and_then(|key| state.seen(&key, &publish.id, &publish.connection_id)),
                     Some(_) => None,
                 };
                 plan.add(publish, seen);

@@ -235,8 +235,10 @@ impl Connection {
         let mut draining = false;
         while self.carry_out().await.is_ok() && !self.session.is_closed() {
             let deadline = self.session.next_deadline();
+            let has_room = self.session.has_room();
             let stepped = tokio::select! {
-                received = self.wire.socket.next() => self.on_received(received),
+                // Unread frames wait in the client's socket: that is what slows a fast publisher down.
+                received = self.wire.socket.next(), if has_room => self.on_received(received),
                 slots = self.waker.ready() => self.on_ready(slots).await,
                 Some((ticket, outcome)) = self.publishes.next(), if !self.publishes.is_empty() => {
                     self.session.handle_published(ticket, outcome, now_ms());

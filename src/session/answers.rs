@@ -183,6 +183,11 @@ impl Answers {
         })
     }
 
+    /// Whether another frame would be taken up.
+    pub(super) fn has_room(&self) -> bool {
+        self.owed.len() < self.max
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.owed.is_empty()
     }

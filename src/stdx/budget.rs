@@ -31,7 +31,8 @@ impl ByteBudget {
     /// when nothing else is held, so that it cannot wait for ever.
     #[must_use]
     pub fn try_take(&self, bytes: usize) -> Option<ByteGrant> {
-        let fits = |held: usize| (held == 0 || held + bytes <= self.0.limit).then_some(held + bytes);
+        let fits =
+            |held: usize| (held == 0 || held + bytes <= self.0.limit).then_some(held + bytes);
         (self.0.held)
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, fits)
             .ok()?;
@@ -67,6 +68,9 @@ mod tests {
         drop(first);
         assert_eq!(budget.held(), 2);
         drop(second);
-        assert!(budget.try_take(11).is_some(), "alone, even beyond the limit");
+        assert!(
+            budget.try_take(11).is_some(),
+            "alone, even beyond the limit"
+        );
     }
 }

@@ -35,7 +35,8 @@ mod tests {
     fn low_bits_spread() {
         let mut seen = [0_u32; 16];
         for n in 0..16_000 {
-            seen[usize::try_from(stable_hash(&[format!("channel-{n}").as_bytes()]) % 16).unwrap()] += 1;
+            seen[usize::try_from(stable_hash(&[format!("channel-{n}").as_bytes()]) % 16)
+                .unwrap()] += 1;
         }
         assert!(seen.iter().all(|n| (850..1150).contains(n)), "{seen:?}");
     }

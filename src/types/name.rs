@@ -86,7 +86,16 @@ mod tests {
         for good in ["a", "ns:ch/1", "/matches/football/5", "a b", "é", "a[b"] {
             assert_eq!(ChannelName::parse(good).unwrap().as_str(), good);
         }
-        for bad in ["", ":a", ",a", " a", "[meta]x", "a\nb", "a\u{2028}b", "\u{7f}"] {
+        for bad in [
+            "",
+            ":a",
+            ",a",
+            " a",
+            "[meta]x",
+            "a\nb",
+            "a\u{2028}b",
+            "\u{7f}",
+        ] {
             assert!(ChannelName::parse(bad).is_err(), "{bad:?}");
         }
         assert!(ChannelName::parse(&"x".repeat(2049)).is_err());
