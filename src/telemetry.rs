@@ -11,8 +11,8 @@ pub struct Options {
 
 impl Default for Options {
     fn default() -> Self {
-        // openraft logs each election in words that only its authors need; what matters of it is said by our rooms.
-        let filter = "info,openraft=warn".to_owned();
+        // openraft logs each refused call in words that only its authors need; what stops a group, ours say.
+        let filter = "info,openraft=off".to_owned();
         Self { filter }
     }
 }

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
-use tokio::process::{Child, Command};
+use tokio::process::{Child, ChildStdin, Command};
 
 use crate::admin::call;
 use crate::config;
@@ -311,12 +311,19 @@ fn command(program: &Path, plan: &Plan) -> Vec<String> {
     vec![text(program), "serve".into(), "--config".into(), text(&plan.config)]
 }
 
+/// A node's process. Waiting for a process closes its input, and the end of its input is a node's word to stop: so the
+/// input is kept apart.
+struct Running {
+    child: Child,
+    input: Option<ChildStdin>,
+}
+
 /// The node stops when its standard input ends: it never outlives this process.
-fn start(program: &Path, plan: &Plan) -> anyhow::Result<Child> {
+fn start(program: &Path, plan: &Plan) -> anyhow::Result<Running> {
     let mut options = std::fs::OpenOptions::new();
     let log = options.create(true).append(true).open(&plan.log);
     let log = log.with_context(|| format!("cannot write {}", plan.log.display()))?;
-    let child = Command::new(program)
+    let mut child = Command::new(program)
         .args(&command(program, plan)[1..])
         .arg("--until-stdin-ends")
         .stdin(Stdio::piped())
@@ -325,17 +332,19 @@ fn start(program: &Path, plan: &Plan) -> anyhow::Result<Child> {
         // An interrupt at the terminal is this process's to pass on.
         .process_group(0)
         .kill_on_drop(true)
-        .spawn();
-    child.with_context(|| format!("cannot start {}", program.display()))
+        .spawn()
+        .with_context(|| format!("cannot start {}", program.display()))?;
+    let input = child.stdin.take();
+    Ok(Running { child, input })
 }
 
-async fn wait_ready(plans: &[Plan], children: &mut BTreeMap<u64, Child>) -> anyhow::Result<()> {
+async fn wait_ready(plans: &[Plan], children: &mut BTreeMap<u64, Running>) -> anyhow::Result<()> {
     let until = tokio::time::Instant::now() + READY_PATIENCE;
     for plan in plans {
         while call::get(&plan.admin_url, "/health/ready").await.is_err() {
             for plan in plans {
                 let child = children.get_mut(&plan.id).context("every node was started")?;
-                if let Some(status) = child.try_wait()? {
+                if let Some(status) = child.child.try_wait()? {
                     bail!("node {} ended ({status}):\n{}", plan.id, last_lines(&plan.log));
                 }
             }
@@ -360,13 +369,13 @@ fn write_ready(
     program: &Path,
     key: &str,
     plans: &[Plan],
-    children: &BTreeMap<u64, Child>,
+    children: &BTreeMap<u64, Running>,
 ) -> anyhow::Result<()> {
     let nodes = plans.iter().map(|plan| ReadyNode {
         id: plan.id,
         url: &plan.url,
         admin: &plan.admin_url,
-        pid: children.get(&plan.id).and_then(Child::id).unwrap_or(0),
+        pid: children.get(&plan.id).and_then(|node| node.child.id()).unwrap_or(0),
         log: &plan.log,
         command: command(program, plan),
     });
@@ -407,13 +416,13 @@ fn greet(data: &Path, key: &str, plans: &[Plan], kept: &Kept) -> anyhow::Result<
 async fn supervise(
     program: &Path,
     plans: &[Plan],
-    children: &mut BTreeMap<u64, Child>,
+    children: &mut BTreeMap<u64, Running>,
     stop: &mut Signals,
 ) -> anyhow::Result<()> {
     while !children.is_empty() {
-        let ends = children.iter_mut().map(|(id, child)| {
+        let ends = children.iter_mut().map(|(id, node)| {
             let id = *id;
-            Box::pin(async move { (id, child.wait().await) })
+            Box::pin(async move { (id, node.child.wait().await) })
         });
         let ended = tokio::select! {
             () = stop.received() => return Ok(()),
@@ -430,12 +439,12 @@ async fn supervise(
     Ok(())
 }
 
-async fn stop_children(children: &mut BTreeMap<u64, Child>) {
-    for child in children.values_mut() {
-        // The end of its input is its word to stop.
-        drop(child.stdin.take());
+async fn stop_children(children: &mut BTreeMap<u64, Running>) {
+    for node in children.values_mut() {
+        drop(node.input.take());
     }
-    for (id, child) in children {
+    for (id, node) in children {
+        let child = &mut node.child;
         if tokio::time::timeout(STOP_PATIENCE, child.wait()).await.is_err() {
             tracing::warn!(node = id, "did not stop in time and is killed");
             // It may have ended by itself meanwhile.

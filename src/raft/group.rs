@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
+use openraft::errors::{ClientWriteError, Fatal, InitializeError, LinearizableReadError, RaftError};
 use openraft::{Config, EmptyNode, ReadPolicy, ServerState, SnapshotPolicy};
 use tokio::sync::watch;
 
@@ -250,11 +250,10 @@ fn follow_leadership(id: GroupId, raft: &Raft, tasks: &Tasks) -> watch::Receiver
                 };
                 (now, seen.running_state.clone())
             };
-            if let Err(err) = state {
-                if token.is_cancelled() {
-                    return Ok(());
-                }
-                return Err(anyhow::anyhow!("{id}: {err}"));
+            match state {
+                Ok(()) => {}
+                Err(Fatal::Stopped) => return Ok(()),
+                Err(err) => return Err(anyhow::anyhow!("{id}: {err}")),
             }
             leadership_tx.send_if_modified(|known| {
                 let changed = *known != now;
