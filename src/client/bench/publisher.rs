@@ -62,9 +62,10 @@ impl Publisher {
             index,
             share: plan.share(index),
             interval: plan.rate.map(each),
-            // Varied enough that nothing on the way can compress it to nothing.
-            filler: (0..plan.size)
-                .map(|n| char::from(b'!' + (n * n % 89) as u8))
+            filler: (0_u8..89)
+                .map(filler_char)
+                .cycle()
+                .take(plan.size)
                 .collect(),
             sent_to: vec![0; channels.len()],
             serials: vec![None; channels.len()],
@@ -195,6 +196,13 @@ impl Publisher {
         }
         self.serials[channel] = serial;
     }
+}
+
+/// Varied enough that nothing on the way can compress it to nothing, and plain in JSON.
+fn filler_char(n: u8) -> char {
+    const CHARS: &[u8] = b"etaoinshrdlcumwfgypbvkjxqz0123456789ETAOINSHRDLCUMWFGYPBVKJXQZ-_.,";
+    let n = usize::from(n);
+    char::from(CHARS[(n * n + n / 7) % CHARS.len()])
 }
 
 /// Resolves some time after an interrupt.
