@@ -38,7 +38,7 @@ struct LoadArgs {
     /// Begin of the channels' names
     #[arg(long, default_value = "bench")]
     prefix: String,
-    /// Seconds without a delivery after which the missing ones count as lost
+    /// Seconds without an answer or a delivery after which the missing ones count as lost
     #[arg(long, default_value_t = 10)]
     settle: u64,
     /// Put out one JSON object instead of a table
@@ -278,6 +278,18 @@ mod tests {
         let (verified, json, table) = bench(refuse, |_| ()).await;
         assert!(!verified, "{table}");
         assert_eq!(json["publish"]["refused"], 2);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_falls_mute_is_a_failure_and_not_a_wait() {
+        let faults = Faults {
+            mute_from: 500,
+            ..Faults::default()
+        };
+        let (verified, json, table) = bench(faults, |_| ()).await;
+        assert!(!verified, "{table}");
+        assert_eq!(json["publish"]["acked"], 499);
+        assert_eq!(json["publish"]["unanswered"], 32, "both windows: {table}");
     }
 
     #[tokio::test]

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use hdrhistogram::Histogram;
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::client::bench::counters::{Counters, histogram, micros};
@@ -24,6 +24,8 @@ pub(super) struct Publisher {
     counters: Arc<Counters>,
     began: Instant,
     share: u64,
+    /// How long to wait for an answer while none comes.
+    patience: Duration,
     /// Time from one message to the next.
     interval: Option<Duration>,
     filler: String,
@@ -61,6 +63,7 @@ impl Publisher {
         Self {
             index,
             share: plan.share(index),
+            patience: plan.settle,
             interval: plan.rate.map(each),
             filler: (0_u8..89)
                 .map(filler_char)
@@ -106,11 +109,12 @@ impl Publisher {
         }
         while let Some(front) = outcome.pending.front_mut() {
             // The answer stays where it is if this is given up.
-            let answered = async { front.pending.answer().await };
+            let answered = timeout(self.patience, front.pending.answer());
             let answer = tokio::select! {
                 answer = answered => answer,
                 () = after(stop) => break,
             };
+            let Ok(answer) = answer else { break };
             let Some(Sent { at, channel, .. }) = outcome.pending.pop_front() else {
                 break;
             };
@@ -138,9 +142,9 @@ impl Publisher {
             data: Some(Data::Text(self.filler.clone())),
             ..Message::default()
         };
-        let pending = connection
-            .publish(&self.channels[channel], vec![message])
-            .await?;
+        let published = connection.publish(&self.channels[channel], vec![message]);
+        let published = timeout(self.patience, published).await;
+        let pending = published.map_err(|_| Error::NoAnswer("a publish"))??;
         self.sent_to[channel] += 1;
         Ok(Sent {
             at,
