@@ -1,15 +1,20 @@
 //! `firth bench`: load, its latency and rate, and above all whether every message came.
 
+mod counters;
 mod load;
+mod publisher;
 mod report;
+mod subscriber;
 
 use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use self::load::{Counters, Plan};
+use self::counters::Counters;
+use self::load::Plan;
 use self::report::Report;
 use crate::client::{Error, INTERRUPTED, Options, ServerArgs, interrupted, note};
 use crate::tasks::{OnError, Tasks};
@@ -33,7 +38,7 @@ struct LoadArgs {
     /// Begin of the channels' names
     #[arg(long, default_value = "bench")]
     prefix: String,
-    /// Seconds without a delivery after which the missing ones count as lost
+    /// Seconds without an answer or a delivery after which the missing ones count as lost
     #[arg(long, default_value_t = 10)]
     settle: u64,
     /// Put out one JSON object instead of a table
@@ -155,7 +160,7 @@ async fn run(plan: Plan, load: &LoadArgs, tasks: &Tasks) -> Result<ExitCode, Err
 }
 
 /// Shows how far the load is, if somebody sits there to see it. Ends with the token returned.
-fn progress(plan: &Plan, counters: &Counters, tasks: &Tasks) -> CancellationToken {
+fn progress(plan: &Plan, counters: &Arc<Counters>, tasks: &Tasks) -> CancellationToken {
     let done = CancellationToken::new();
     if !std::io::stderr().is_terminal() {
         return done;
@@ -170,7 +175,7 @@ fn progress(plan: &Plan, counters: &Counters, tasks: &Tasks) -> CancellationToke
         let mut tick = tokio::time::interval(Duration::from_millis(100));
         loop {
             tokio::select! {
-                _ = tick.tick() => bar.set_position(counters.acked() + counters.received()),
+                _ = tick.tick() => bar.set_position(counters.acked.now() + counters.received.now()),
                 () = ended.cancelled() => break,
                 () = token.cancelled() => break,
             }
@@ -276,6 +281,18 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_server_that_falls_mute_is_a_failure_and_not_a_wait() {
+        let faults = Faults {
+            mute_from: 500,
+            ..Faults::default()
+        };
+        let (verified, json, table) = bench(faults, |_| ()).await;
+        assert!(!verified, "{table}");
+        assert_eq!(json["publish"]["acked"], 499);
+        assert_eq!(json["publish"]["unanswered"], 32, "both windows: {table}");
+    }
+
+    #[tokio::test]
     async fn a_rate_is_kept_to() {
         let (verified, json, table) = bench(Faults::default(), |plan| {
             plan.messages = 100;
@@ -305,7 +322,7 @@ mod tests {
         let tasks = Tasks::root().0;
         let (counters, stop) = (Counters::start(), CancellationToken::new());
         let interrupt = async {
-            while counters.acked() < 100 {
+            while counters.acked.now() < 100 {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             stop.cancel();

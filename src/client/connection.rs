@@ -262,10 +262,17 @@ impl Driver {
         let resume = self.conversation.resume_key().map(str::to_owned);
         let url = self.options.urls[self.url].clone();
         let until = Instant::now() + self.options.connect_timeout;
-        let opened = tokio::select! {
-            opened = timeout_at(until, Socket::open(&url, &self.options, resume.as_deref())) => opened,
-            () = token.cancelled() => {
-                self.closing = true;
+        let options = self.options.clone();
+        let opening = timeout_at(until, Socket::open(&url, &options, resume.as_deref()));
+        let mut opening = std::pin::pin!(opening);
+        let opened = loop {
+            let command = tokio::select! {
+                opened = &mut opening => break opened,
+                command = self.commands.recv() => command,
+                () = token.cancelled() => None,
+            };
+            self.on_command(command);
+            if self.closing {
                 return (Fate::Closed, false);
             }
         };

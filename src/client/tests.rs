@@ -527,6 +527,15 @@ async fn it_gives_up_in_the_end_and_tells_everybody() {
 }
 
 #[tokio::test]
+async fn it_can_be_closed_while_a_node_does_not_answer() {
+    let (server, peer, connection, _events, _tasks) = pair(|o| o.connect_timeout = SOON * 10).await;
+    drop(peer);
+    // This socket is accepted by the kernel, and nobody answers on it.
+    let (_silent, _) = timeout(SOON, server.0.accept()).await.unwrap().unwrap();
+    timeout(SOON, connection.close()).await.unwrap();
+}
+
+#[tokio::test]
 async fn a_slow_follower_gets_everything_later() {
     const MESSAGES: usize = 5000;
     let (_server, mut peer, connection, mut events, _tasks) = pair(|_| ()).await;

@@ -5,8 +5,9 @@ use std::fmt::Write;
 use hdrhistogram::Histogram;
 use serde::Serialize;
 
+use crate::client::bench::counters::Counters;
 use crate::client::bench::format_name;
-use crate::client::bench::load::{Counters, Measured, Plan};
+use crate::client::bench::load::{Measured, Plan};
 
 /// Everything measured; as JSON, one object. Latencies in microseconds, durations in seconds.
 #[derive(Debug, Serialize)]
@@ -131,17 +132,17 @@ impl Report {
     pub(super) fn new(plan: &Plan, counters: &Counters, measured: Measured) -> Self {
         let publishing = measured.publishing.as_secs_f64();
         let elapsed = measured.elapsed.as_secs_f64();
-        let (acked, received) = (counters.acked(), counters.received());
+        let (acked, received) = (counters.acked.now(), counters.received.now());
         let size = plan.size as u64;
         let delivery = (plan.subscribers_per_channel > 0).then(|| Delivery {
             seconds: elapsed,
             expected: measured.expected,
             received,
             missing: measured.expected.saturating_sub(received),
-            duplicates: counters.duplicates(),
-            out_of_order: counters.disordered(),
-            foreign: counters.foreign(),
-            discontinuities: counters.discontinuities(),
+            duplicates: counters.duplicates.now(),
+            out_of_order: counters.disordered.now(),
+            foreign: counters.foreign.now(),
+            discontinuities: counters.discontinuities.now(),
             received_per_sec: per_sec(received, elapsed),
             data_bytes: received * size,
             data_bytes_per_sec: per_sec(received * size, elapsed),
@@ -177,7 +178,7 @@ impl Report {
                 ack_us: Percentiles::of(&measured.ack),
             },
             delivery,
-            reconnects: counters.reconnects(),
+            reconnects: counters.reconnects.now(),
         }
     }
 

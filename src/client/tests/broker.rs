@@ -20,6 +20,8 @@ pub(in crate::client) struct Faults {
     pub(in crate::client) double: usize,
     /// The publish is refused.
     pub(in crate::client) refuse: usize,
+    /// From this publish on, none is answered, stored or delivered; 0 is never.
+    pub(in crate::client) mute_from: usize,
 }
 
 #[derive(Default)]
@@ -79,6 +81,7 @@ async fn serve(mut peer: Peer, state: Arc<Mutex<State>>, faults: Faults) {
             }
             Action::Message => match on_message(&id, frame, &state, faults) {
                 Some(answer) => peer.send(answer).await,
+                None if is_mute(&state, faults) => {}
                 None => return,
             },
             Action::Close => {
@@ -111,6 +114,9 @@ fn on_message(id: &str, mut frame: Frame, state: &Mutex<State>, faults: Faults) 
     state.publishes += 1;
     let publishes = state.publishes;
     let is = |every: usize| every != 0 && publishes.is_multiple_of(every);
+    if faults.mute_from != 0 && publishes >= faults.mute_from {
+        return None;
+    }
     if is(faults.refuse) {
         return Some(answer(Action::Nack));
     }
@@ -135,4 +141,8 @@ fn on_message(id: &str, mut frame: Frame, state: &Mutex<State>, faults: Faults) 
         }
     }
     (!is(faults.cut_after)).then(|| ack(&serial))
+}
+
+fn is_mute(state: &Mutex<State>, faults: Faults) -> bool {
+    faults.mute_from != 0 && state.lock().unwrap().publishes >= faults.mute_from
 }
