@@ -182,7 +182,7 @@ badInput('a channel name that is not allowed: 40010, and the connection goes on'
 
   const client = await clients.realtime(1);
   await assert.rejects(client.channels.get(':colon').attach(), { code: 40010 });
-  await assert.rejects(client.channels.get(':colon').publish('m', 'x'), { code: 40010 });
+  await assert.rejects(client.channels.get(',comma').publish('m', 'x'), { code: 40010 });
   assert.equal(client.connection.state, 'connected');
 });
 

@@ -1,9 +1,10 @@
 // The command line as a person or a script uses it.
 
 import assert from 'node:assert/strict';
+import fs from 'node:fs';
 import readline from 'node:readline';
 
-import { FIRTH, firth } from './lib/cluster.mjs';
+import { Cluster, FIRTH, firth } from './lib/cluster.mjs';
 import { startPiped, stop } from './lib/process.mjs';
 import { Subscriber, history } from './lib/sdk.mjs';
 import { suite } from './lib/suite.mjs';
@@ -24,6 +25,21 @@ scenario('firth --help names every command, and each has its own help', async ()
     assert.match(help.stdout, /Usage: firth/);
   }
   assert.match((await firth(['--version'])).stdout, /^firth \d+\.\d+\.\d+/);
+});
+
+scenario('firth dev tells the URLs, the key and what to open, and an interrupt ends all of it', async ({ cluster }) => {
+  const said = fs.readFileSync(cluster.log, 'utf8');
+  assert.ok(said.includes(cluster.key), said);
+  for (const node of cluster.nodes) assert.ok(said.includes(node.url), `${node.url} in ${said}`);
+
+  const other = await Cluster.start({ nodes: 1 });
+  try {
+    await stop(other.process, { signal: 'SIGINT' });
+    assert.deepEqual(other.living(), []);
+    assert.equal(other.process.signalCode, null, 'it ends by itself');
+  } finally {
+    await other.destroy();
+  }
 });
 
 scenario('a command that does not exist, and one without its arguments, end with 2', async () => {

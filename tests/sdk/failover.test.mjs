@@ -6,7 +6,7 @@ import { assertEachOnce, assertSameOrder, assertSameSet } from './lib/check.mjs'
 import { Doors } from './lib/doors.mjs';
 import { Subscriber, history, publishAll, state } from './lib/sdk.mjs';
 import { suite } from './lib/suite.mjs';
-import { until } from './lib/wait.mjs';
+import { inTime, until } from './lib/wait.mjs';
 
 const ELECTION_MS_MAX = 2_000;
 // Three publishers' messages fit into one page of history.
@@ -64,6 +64,39 @@ scenario('the leader is killed: nothing acknowledged is lost or doubled, clients
   }
   await cluster.restart(victim);
 });
+
+for (const [where, refuse] of [['the same node', []], ['another node', [1]]]) {
+  scenario(`acknowledgements are lost on the way, the SDK asks ${where}: stored once, answered alike`, async (given) => {
+    const { cluster, clients } = given;
+    const name = `persisted:lost-acks-${refuse.length}`;
+    const doors = await Doors.open(cluster);
+    try {
+      const client = await clients.connect(doors.options(1, [2, 3]));
+      const subscriber = await Subscriber.attach(await clients.realtime(3), name);
+      const { id } = client.connection;
+      const channel = client.channels.get(name);
+      await channel.publish('m', 'before');
+      doors.swallowAnswers();
+      const texts = Array.from({ length: 20 }, (_, n) => `answer lost ${n}`);
+      const publishes = Promise.all(texts.map((text) => channel.publish('m', text)));
+      // They are stored, which the publisher cannot know.
+      await subscriber.received(1 + texts.length);
+      doors.cut({ refuse });
+      const results = await inTime(publishes, { what: 'every publish to be acknowledged' });
+      await channel.publish('m', 'after');
+
+      const wanted = ['before', ...texts, 'after'];
+      const stored = await history(clients.rest(2), name);
+      assertSameOrder(stored.map((message) => message.data), wanted, 'history');
+      assert.deepEqual(results.flatMap((result) => result.serials), stored.slice(1, -1).map((one) => one.serial));
+      await subscriber.received(wanted.length);
+      assertSameOrder(subscriber.data, wanted, 'subscriber');
+      assert.equal(client.connection.id, id, 'the connection was resumed');
+    } finally {
+      doors.close();
+    }
+  });
+}
 
 scenario('each node in turn is killed and restarted under load; its clients come back to it by themselves', async (given) => {
   const { cluster, clients, t } = given;

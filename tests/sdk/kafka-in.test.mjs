@@ -10,20 +10,20 @@ import { until } from './lib/wait.mjs';
 const RECORDS = 10_000;
 const KEYS = 20;
 const TOPIC = 'matches';
+const PARTITIONS = 8;
 const key = (k) => `football/${k}`;
 const channel = (k) => `/${TOPIC}/${key(k)}`;
 
-const scenario = suite({ topics: { [TOPIC]: 8, quiet: 2 } });
+const scenario = suite({ topics: { [TOPIC]: PARTITIONS, quiet: 2 } });
 
 scenario(`${RECORDS} records arrive once and in key order across a kill -9 of the bridging node`, async (given) => {
   const { cluster, kafka, clients, t } = given;
-  const slots = await until(async () => {
-    const all = await cluster.bridgeSlots();
-    return all.length > 0 && all.every((slot) => slot.node) && all;
-  }, { what: 'every slot of the bridge to have an owner' });
-  const owners = [...new Set(slots.map((slot) => slot.node))];
-  const victim = owners[0];
-  t.diagnostic(`nodes ${owners} read from Kafka; node ${victim} is killed`);
+  const bridging = await until(async () => {
+    const found = await cluster.bridgingNodes(TOPIC);
+    return new Set([...found.values()].flat()).size === PARTITIONS && found;
+  }, { what: 'every partition of the topic to be read by some node', within: 60_000 });
+  const [[victim, partitions]] = bridging;
+  t.diagnostic(`nodes ${[...bridging.keys()]} read; node ${victim} with partitions ${partitions} is killed`);
   const watching = cluster.living().filter((id) => id !== victim);
   const subscribers = [];
   for (const node of watching) {

@@ -117,10 +117,15 @@ export class Cluster {
     throw new Error(`node ${id} leads none of 200 channels: leaders are not spread`);
   }
 
-  /** Nodes that own a slot of a bridge: `{bridge, slot, node, epoch}`. */
-  async bridgeSlots(id = this.living()[0]) {
-    const { bridges } = await this.status(id);
-    return bridges.flatMap((bridge) => bridge.slots.map((slot) => ({ bridge: bridge.id, ...slot })));
+  /** Which living node carries which partitions of a Kafka topic into channels: node number → partition numbers. */
+  async bridgingNodes(topic) {
+    const found = new Map();
+    for (const id of this.living()) {
+      const { bridges } = await this.status(id);
+      const own = bridges.flatMap((bridge) => bridge.inbound).filter((partition) => partition.topic === topic);
+      if (own.length > 0) found.set(id, own.map((partition) => partition.partition));
+    }
+    return found;
   }
 
   /** `kill -9` of one node. */

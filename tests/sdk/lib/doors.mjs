@@ -9,6 +9,8 @@ const host = (id) => `127.0.1.${id}`;
 export class Doors {
   #servers;
   #sockets = new Set();
+  #refusing = new Set();
+  #swallowing = false;
 
   static async open(cluster) {
     const doors = new Doors();
@@ -25,6 +27,18 @@ export class Doors {
     return { endpoint: host(id), port: this.port, fallbackHosts: fallbacks.map(host) };
   }
 
+  /** From now on nothing that the nodes say reaches a client; what clients say still arrives. */
+  swallowAnswers() {
+    this.#swallowing = true;
+  }
+
+  /** Breaks every connection, heals the doors and, of the given nodes, lets nobody in any more. */
+  cut({ refuse = [] } = {}) {
+    this.#refusing = new Set(refuse);
+    this.#swallowing = false;
+    for (const socket of this.#sockets) socket.destroy();
+  }
+
   close() {
     for (const server of this.#servers) server.close();
     for (const socket of this.#sockets) socket.destroy();
@@ -32,6 +46,7 @@ export class Doors {
 
   async #listen(cluster, id, port) {
     const server = net.createServer((outside) => {
+      if (this.#refusing.has(id)) return outside.destroy();
       const inside = net.connect(cluster.port(id), '127.0.0.1');
       for (const [socket, peer] of [[outside, inside], [inside, outside]]) {
         this.#sockets.add(socket);
@@ -43,7 +58,8 @@ export class Doors {
         });
       }
       outside.pipe(inside);
-      inside.pipe(outside);
+      inside.on('data', (part) => this.#swallowing || outside.write(part));
+      return undefined;
     });
     await new Promise((resolve, reject) => {
       server.once('error', reject);

@@ -13,6 +13,8 @@ const CLUSTER_ID = 'FirthTestsKafkaCluster';
 const TOOL_OPTIONS = ['-Xmx256m', '-XX:TieredStopAtLevel=1', '-XX:+UseSerialGC'];
 const SERVER_OPTIONS = ['-Xms512m', '-Xmx512m', '-XX:+UseSerialGC'];
 const STARTED = 'Kafka Server started';
+// A header's value may hold commas (JSON does), but no such control character.
+const HEADER_SEPARATOR = '\x1f';
 
 /** One Kafka cluster: brokers that are controllers too. Topics are made with `createTopic`. */
 export class Kafka {
@@ -101,7 +103,8 @@ export class Kafka {
 
   /** Follows a topic from its beginning with a console consumer. */
   consumer(topic, { isolation = 'read_committed', idleMs } = {}) {
-    const fields = ['print.partition=true', 'print.offset=true', 'print.headers=true', 'print.key=true'];
+    const headers = `headers.separator=${HEADER_SEPARATOR}`;
+    const fields = [headers, 'print.partition=true', 'print.offset=true', 'print.headers=true', 'print.key=true'];
     const child = startPiped(
       java(
         TOOL_OPTIONS,
@@ -240,7 +243,7 @@ class ConsoleConsumer {
 
 function parseRecord(line) {
   const [partition, offset, headers, key, ...value] = line.split('\t');
-  const pairs = headers === 'NO_HEADERS' ? [] : headers.split(',').map((pair) => pair.split(/:(.*)/s).slice(0, 2));
+  const pairs = headers === 'NO_HEADERS' ? [] : headers.split(HEADER_SEPARATOR).map((pair) => pair.split(/:(.*)/s).slice(0, 2));
   return {
     partition: Number(partition.replace('Partition:', '')),
     offset: Number(offset.replace('Offset:', '')),
