@@ -1,4 +1,5 @@
-//! One node's configuration: defaults, then a TOML file, then the environment (`FIRTH_`, levels separated by `__`).
+//! One node's configuration: defaults, then a TOML file, then the environment (`FIRTH__`, levels
+//! separated by `__`, as in `FIRTH__LISTEN__CLIENT`).
 //!
 //! It is read and checked whole before any port is bound; whatever is wrong is named with file and field.
 
@@ -238,11 +239,15 @@ impl Config {
             reason: err.to_string(),
         })?;
         // The file is read here, so that a missing one is an error; figment would take it for empty.
-        let figment = Figment::from(Toml::string(&text)).merge(Env::prefixed("FIRTH_").split("__"));
+        let figment = Figment::from(Toml::string(&text)).merge(Env::prefixed("FIRTH__").split("__"));
         let file: File = figment.extract().map_err(|err| {
             let field = err.path.join(".");
             let path = path.to_owned();
-            let reason = err.kind.to_string();
+            let from = err.metadata.as_ref().map(|from| from.name.as_ref());
+            let reason = match from.filter(|from| from.contains("environment")) {
+                Some(_) => format!("{} (set in the environment as FIRTH__…)", err.kind),
+                None => err.kind.to_string(),
+            };
             Error::Invalid {
                 path,
                 field: if field.is_empty() { "top level".to_owned() } else { field },
