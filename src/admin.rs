@@ -95,7 +95,10 @@ async fn status(State(known): State<Known>) -> Answer {
     }
 }
 
-async fn channel(State(known): State<Known>, Path((app, channel)): Path<(String, String)>) -> Answer {
+async fn channel(
+    State(known): State<Known>,
+    Path((app, channel)): Path<(String, String)>,
+) -> Answer {
     let serving = known.borrow().clone();
     let Some(serving) = serving else {
         return refuse(StatusCode::SERVICE_UNAVAILABLE, "the node is starting");
@@ -110,5 +113,8 @@ async fn channel(State(known): State<Known>, Path((app, channel)): Path<(String,
     };
     let place = serving.broker.place(&ChannelKey { app, name });
     let leader = place.leader.map(|leader| leader.0);
-    (StatusCode::OK, Json(json!({ "shard": place.shard.0, "leader": leader })))
+    (
+        StatusCode::OK,
+        Json(json!({ "shard": place.shard.0, "leader": leader })),
+    )
 }

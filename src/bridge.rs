@@ -5,12 +5,12 @@
 //! produces the shard's log in transactions that hold the cursor too. What to do when something fails is decided by
 //! [`inbound`] and [`outbound`], which know no thread; what is absent is any trust in Kafka's consumer groups.
 
+mod broker;
 mod cursor;
 mod exporter;
 mod importer;
 mod inbound;
 mod kafka;
-mod broker;
 mod manager;
 pub mod mapping;
 mod options;

@@ -16,7 +16,9 @@ use tokio::sync::watch;
 
 use crate::channel::Range;
 pub use crate::cluster::Registry;
-use crate::cluster::{BridgeState, Cluster, CommandError, Peer, ReadError, ShardPage, StoredRecord};
+use crate::cluster::{
+    BridgeState, Cluster, CommandError, Peer, ReadError, ShardPage, StoredRecord,
+};
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, NodeId, Serial, ShardId};
 use crate::wire::control;
 
@@ -122,7 +124,10 @@ impl Broker {
         limit: usize,
     ) -> Result<Vec<StoredRecord>, ErrorInfo> {
         let shard = self.cluster.shard_of(key);
-        self.cluster.catch_up(shard, READ_PATIENCE).await.map_err(read_error)?;
+        self.cluster
+            .catch_up(shard, READ_PATIENCE)
+            .await
+            .map_err(read_error)?;
         let refs = self.cluster.state(shard).range(key, range, limit);
         let cluster = self.cluster.clone();
         let read = tokio::task::spawn_blocking(move || cluster.read_records(shard, &refs)).await;
@@ -198,7 +203,9 @@ impl Broker {
     ) -> Result<(), CommandError> {
         let bridge = bridge.to_owned();
         let change = control::AdvanceFloors { bridge, floors };
-        self.cluster.command(control::entry::Command::AdvanceFloors(change)).await
+        self.cluster
+            .command(control::entry::Command::AdvanceFloors(change))
+            .await
     }
 
     /// Accepted records of a shard after log index `after`, about `max_bytes` of them.

@@ -12,10 +12,10 @@ mod registry;
 mod replica;
 mod start;
 
+pub use crate::raft::Leadership;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
-pub use crate::raft::Leadership;
 pub use replica::{EventSink, ShardPage, StoredRecord};
 pub use start::Parts;
 
@@ -26,9 +26,9 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::channel::{RecordRef, Shard};
 use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
-use crate::channel::{RecordRef, Shard};
 use crate::placement;
 use crate::raft::{self, Group};
 use crate::transport::{self, Transport};
@@ -150,12 +150,15 @@ impl Cluster {
     ///
     /// # Errors
     /// `Busy` when too much waits; the returned receiver tells everything else.
-    pub fn submit(&self, shard: ShardId, publish: entry::Publish) -> Result<Submitted, SubmitError> {
+    pub fn submit(
+        &self,
+        shard: ShardId,
+        publish: entry::Publish,
+    ) -> Result<Submitted, SubmitError> {
         self.replica(shard).lane.submit(publish)
     }
 
     /// The shard's state as applied on this node. Hold it briefly: applying waits for it.
-    #[must_use]
     pub fn state(&self, shard: ShardId) -> RwLockReadGuard<'_, Shard> {
         self.replica(shard).state.read()
     }
@@ -170,7 +173,11 @@ impl Cluster {
     ///
     /// # Errors
     /// When the log is damaged or no longer reaches back that far.
-    pub fn read_records(&self, shard: ShardId, refs: &[RecordRef]) -> io::Result<Vec<StoredRecord>> {
+    pub fn read_records(
+        &self,
+        shard: ShardId,
+        refs: &[RecordRef],
+    ) -> io::Result<Vec<StoredRecord>> {
         replica::read_records(&self.replica(shard).group, refs)
     }
 
@@ -178,7 +185,12 @@ impl Cluster {
     ///
     /// # Errors
     /// When the log is damaged or no longer reaches back that far.
-    pub fn read_shard(&self, shard: ShardId, after: u64, max_bytes: usize) -> io::Result<ShardPage> {
+    pub fn read_shard(
+        &self,
+        shard: ShardId,
+        after: u64,
+        max_bytes: usize,
+    ) -> io::Result<ShardPage> {
         let replica = self.replica(shard);
         replica::read_page(&replica.group, &replica.state, after, max_bytes)
     }

@@ -239,7 +239,8 @@ impl Config {
             reason: err.to_string(),
         })?;
         // The file is read here, so that a missing one is an error; figment would take it for empty.
-        let figment = Figment::from(Toml::string(&text)).merge(Env::prefixed("FIRTH__").split("__"));
+        let figment =
+            Figment::from(Toml::string(&text)).merge(Env::prefixed("FIRTH__").split("__"));
         let file: File = figment.extract().map_err(|err| {
             let field = err.path.join(".");
             let path = path.to_owned();
@@ -250,7 +251,11 @@ impl Config {
             };
             Error::Invalid {
                 path,
-                field: if field.is_empty() { "top level".to_owned() } else { field },
+                field: if field.is_empty() {
+                    "top level".to_owned()
+                } else {
+                    field
+                },
                 reason,
             }
         })?;
@@ -304,7 +309,8 @@ impl File {
         }
         let raft = self.raft.options();
         if raft.heartbeat * 2 > raft.election_min || raft.election_min >= raft.election_max {
-            let reason = "twice the heartbeat, election_min_ms and election_max_ms must ascend".to_owned();
+            let reason =
+                "twice the heartbeat, election_min_ms and election_max_ms must ascend".to_owned();
             return Err(invalid("raft", reason));
         }
         Ok(self.compose(raft))
@@ -444,14 +450,23 @@ mod tests {
     fn a_good_file_fills_every_rooms_options() {
         let config = load(GOOD).unwrap();
         assert_eq!(config.cluster.shards, 16);
-        assert!(config.transport.peers.is_empty(), "a node is not its own peer");
+        assert!(
+            config.transport.peers.is_empty(),
+            "a node is not its own peer"
+        );
     }
 
     #[test]
     fn what_is_wrong_is_named_with_file_and_field() {
         let unknown = complaint(&GOOD.replace("[listen]", "[listen]\nclimate = 1"));
-        assert!(unknown.contains("node.toml") && unknown.contains("climate"), "{unknown}");
-        let wrong = complaint(&GOOD.replace("127.0.0.1:9080\"\n        peer", "0.0.0.0:9080\"\n        peer"));
+        assert!(
+            unknown.contains("node.toml") && unknown.contains("climate"),
+            "{unknown}"
+        );
+        let wrong = complaint(&GOOD.replace(
+            "127.0.0.1:9080\"\n        peer",
+            "0.0.0.0:9080\"\n        peer",
+        ));
         assert!(wrong.contains("listen.admin"), "{wrong}");
         let missing = complaint(&GOOD.replace("node = 1", ""));
         assert!(missing.contains("node"), "{missing}");

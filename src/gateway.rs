@@ -97,7 +97,9 @@ impl Gateway {
             connections,
             tasks: tasks.clone(),
         };
-        tasks.spawn("gateway.accept", OnError::StopNode, |token| acceptor.run(token));
+        tasks.spawn("gateway.accept", OnError::StopNode, |token| {
+            acceptor.run(token)
+        });
     }
 }
 
@@ -123,11 +125,12 @@ impl Acceptor {
             match accepted {
                 Ok((stream, _)) => {
                     let router = self.router.clone();
-                    self.tasks.spawn("gateway.http", OnError::Log, |token| async move {
-                        serve(stream, router, token).await;
-                        drop(permit);
-                        Ok(())
-                    });
+                    self.tasks
+                        .spawn("gateway.http", OnError::Log, |token| async move {
+                            serve(stream, router, token).await;
+                            drop(permit);
+                            Ok(())
+                        });
                 }
                 Err(err) => {
                     // Out of descriptors, most likely: others may close meanwhile.
@@ -148,7 +151,9 @@ async fn serve(stream: TcpStream, router: Router, token: CancellationToken) {
         .header_read_timeout(HEAD_PATIENCE)
         .max_buf_size(HEAD_BYTES_MAX);
     let service = TowerToHyperService::new(router);
-    let connection = http.serve_connection(TokioIo::new(stream), service).with_upgrades();
+    let connection = http
+        .serve_connection(TokioIo::new(stream), service)
+        .with_upgrades();
     tokio::pin!(connection);
     let stopped = tokio::select! {
         _ = connection.as_mut() => false,
@@ -164,7 +169,9 @@ async fn serve(stream: TcpStream, router: Router, token: CancellationToken) {
 /// Milliseconds since 1970, by this node's clock.
 fn unix_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
 }
 
 /// Sixteen URL-safe characters that nobody can guess.

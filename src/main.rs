@@ -87,7 +87,9 @@ const USAGE: u8 = 2;
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build();
     let ran = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
         let ran = runtime.block_on(run(cli.command));
         // A blocked read of standard input must not hold the process.
@@ -101,7 +103,10 @@ fn main() -> ExitCode {
     })
 }
 
-#[expect(clippy::print_stderr, reason = "a command's last words belong to whoever called it")]
+#[expect(
+    clippy::print_stderr,
+    reason = "a command's last words belong to whoever called it"
+)]
 fn complain(err: &anyhow::Error) {
     eprintln!("firth: {err:#}");
 }

@@ -106,7 +106,8 @@ impl Node {
         admin::start(&config.admin, serving_rx, root).await?;
         let doors = root.group();
         let gateway = Gateway::bind(config.gateway).await?;
-        let transport = Transport::start(config.transport, root).context("cannot reach other nodes")?;
+        let transport =
+            Transport::start(config.transport, root).context("cannot reach other nodes")?;
         let hub = Arc::new(Hub::default());
         let parts = cluster::Parts {
             log: log.clone(),

@@ -48,12 +48,18 @@ pub fn reassign(
     }
     let mut changes = BTreeMap::new();
     let give = |owned: &mut BTreeMap<NodeId, BTreeSet<u32>>, slot: u32| {
-        let (node, slots) = owned.iter_mut().min_by_key(|(node, slots)| (slots.len(), **node))?;
+        let (node, slots) = owned
+            .iter_mut()
+            .min_by_key(|(node, slots)| (slots.len(), **node))?;
         slots.insert(slot);
         let epoch = now.get(&slot).map_or(1, |at| at.epoch + 1);
         Some((slot, Assignment { node: *node, epoch }))
     };
-    changes.extend(homeless.into_iter().filter_map(|slot| give(&mut owned, slot)));
+    changes.extend(
+        homeless
+            .into_iter()
+            .filter_map(|slot| give(&mut owned, slot)),
+    );
     loop {
         let fewest = owned.values().map(BTreeSet::len).min().unwrap_or(0);
         let richest = owned.values_mut().max_by_key(|slots| slots.len());
@@ -77,15 +83,25 @@ mod tests {
             app: "app".parse().unwrap(),
             name: ChannelName::parse(name).unwrap(),
         };
-        assert_eq!(shard_of(&key("channel"), 16), ShardId(6), "or every cluster loses its channels");
-        let used: BTreeSet<ShardId> = (0..400).map(|n| shard_of(&key(&format!("c{n}")), 16)).collect();
+        assert_eq!(
+            shard_of(&key("channel"), 16),
+            ShardId(6),
+            "or every cluster loses its channels"
+        );
+        let used: BTreeSet<ShardId> = (0..400)
+            .map(|n| shard_of(&key(&format!("c{n}")), 16))
+            .collect();
         assert_eq!(used.len(), 16);
     }
 
     #[test]
     fn leaders_spread() {
         let voters: BTreeSet<NodeId> = [1, 2, 3].map(NodeId).into();
-        let led = |node| (0..16).filter(|s| preferred_leader(ShardId(*s), &voters) == Some(NodeId(node))).count();
+        let led = |node| {
+            (0..16)
+                .filter(|s| preferred_leader(ShardId(*s), &voters) == Some(NodeId(node)))
+                .count()
+        };
         assert_eq!([led(1), led(2), led(3)], [6, 5, 5]);
         assert_eq!(preferred_leader(ShardId(0), &BTreeSet::new()), None);
     }

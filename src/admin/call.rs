@@ -31,7 +31,9 @@ pub enum Error {
 /// # Errors
 /// When there is no answer, or not the answer 200.
 pub async fn get(url: &str, path: &str) -> Result<String, Error> {
-    let authority = url.strip_prefix("http://").map(|rest| rest.trim_end_matches('/'));
+    let authority = url
+        .strip_prefix("http://")
+        .map(|rest| rest.trim_end_matches('/'));
     let authority = authority.ok_or_else(|| Error::Url(url.to_owned()))?;
     let unreachable = |reason: String| Error::Unreachable {
         url: url.to_owned(),
@@ -42,14 +44,20 @@ pub async fn get(url: &str, path: &str) -> Result<String, Error> {
         let head = format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\n\r\n");
         stream.write_all(head.as_bytes()).await?;
         let mut answer = String::new();
-        stream.take(ANSWER_BYTES_MAX).read_to_string(&mut answer).await?;
+        stream
+            .take(ANSWER_BYTES_MAX)
+            .read_to_string(&mut answer)
+            .await?;
         std::io::Result::Ok(answer)
     };
     let answer = tokio::time::timeout(PATIENCE, exchange).await;
     let answer = answer.map_err(|_| unreachable("no answer in time".to_owned()))?;
     let answer = answer.map_err(|err| unreachable(err.to_string()))?;
     let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((&answer, ""));
-    let status = head.split(' ').nth(1).and_then(|status| status.parse().ok());
+    let status = head
+        .split(' ')
+        .nth(1)
+        .and_then(|status| status.parse().ok());
     match status {
         Some(200) => Ok(body.to_owned()),
         Some(status) => Err(Error::Refused {
@@ -85,13 +93,23 @@ pub fn table(status: &Status) -> String {
         known(status.control.leader)
     );
     for node in &status.nodes {
-        let leads = status.shards.iter().filter(|shard| shard.leader == Some(node.id)).count();
-        text += &format!("{:<5} {:<29} {:<29} {leads}\n", node.id, node.url, node.admin);
+        let leads = status
+            .shards
+            .iter()
+            .filter(|shard| shard.leader == Some(node.id))
+            .count();
+        text += &format!(
+            "{:<5} {:<29} {:<29} {leads}\n",
+            node.id, node.url, node.admin
+        );
     }
     text += "\nSHARD  LEADER  TERM   APPLIED\n";
     for shard in &status.shards {
         let leader = known(shard.leader);
-        text += &format!("{:<6} {leader:<7} {:<6} {}\n", shard.id, shard.term, shard.applied);
+        text += &format!(
+            "{:<6} {leader:<7} {:<6} {}\n",
+            shard.id, shard.term, shard.applied
+        );
     }
     for bridge in &status.bridges {
         text += &format!("\nbridge {bridge}\n");

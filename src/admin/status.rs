@@ -66,7 +66,9 @@ impl Status {
             },
             nodes: nodes.collect(),
             shards: shards.collect(),
-            bridges: bridges.filter_map(|status| serde_json::to_value(status).ok()).collect(),
+            bridges: bridges
+                .filter_map(|status| serde_json::to_value(status).ok())
+                .collect(),
         }
     }
 }

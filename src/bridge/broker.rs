@@ -34,24 +34,28 @@ impl Below {
     }
 
     /// A view of the registry that changes only when what it shows does.
-    fn view<T>(&self, show: impl Fn(&broker::Registry) -> T + Send + 'static) -> watch::Receiver<Arc<T>>
+    fn view<T>(
+        &self,
+        show: impl Fn(&broker::Registry) -> T + Send + 'static,
+    ) -> watch::Receiver<Arc<T>>
     where
         T: PartialEq + Send + Sync + 'static,
     {
         let mut registry = self.broker.registry();
         let first = Arc::new(show(&registry.borrow_and_update()));
         let (view_tx, view) = watch::channel(first);
-        self.tasks.spawn("bridge.view", OnError::StopNode, |token| async move {
-            loop {
-                tokio::select! {
-                    () = token.cancelled() => return Ok(()),
-                    () = view_tx.closed() => return Ok(()),
-                    changed = registry.changed() => changed?,
+        self.tasks
+            .spawn("bridge.view", OnError::StopNode, |token| async move {
+                loop {
+                    tokio::select! {
+                        () = token.cancelled() => return Ok(()),
+                        () = view_tx.closed() => return Ok(()),
+                        changed = registry.changed() => changed?,
+                    }
+                    let now = show(&registry.borrow_and_update());
+                    replace_if_other(&view_tx, now);
                 }
-                let now = show(&registry.borrow_and_update());
-                replace_if_other(&view_tx, now);
-            }
-        });
+            });
         view
     }
 }
@@ -81,7 +85,11 @@ impl Upstream for Below {
     fn slots(&self, bridge: &str) -> watch::Receiver<Arc<BTreeMap<u32, u64>>> {
         let (bridge, node) = (bridge.to_owned(), self.broker.node());
         self.view(move |registry| {
-            let slots = registry.bridges.get(&bridge).into_iter().flat_map(|state| &state.slots);
+            let slots = registry
+                .bridges
+                .get(&bridge)
+                .into_iter()
+                .flat_map(|state| &state.slots);
             let owned = slots.filter(|(_, at)| at.node == node);
             owned.map(|(slot, at)| (*slot, at.epoch)).collect()
         })
@@ -129,7 +137,10 @@ impl Upstream for Below {
                 Ok((Some(serial), false)) => Ok(Outcome::Stored(serial)),
                 Ok((None, false)) => {
                     let what = "stored without a serial";
-                    Err(PublishError::Indeterminate(ErrorInfo::new(ErrorCode::Internal, what)))
+                    Err(PublishError::Indeterminate(ErrorInfo::new(
+                        ErrorCode::Internal,
+                        what,
+                    )))
                 }
                 Ok((serial, true)) => Ok(Outcome::Duplicate(serial)),
                 Err(broker::PublishError::Fenced) => Err(PublishError::Fenced),
@@ -146,29 +157,33 @@ impl Upstream for Below {
     fn led_shards(&self) -> watch::Receiver<Arc<BTreeMap<ShardId, u64>>> {
         let (led_tx, led) = watch::channel(Arc::default());
         let broker = self.broker.clone();
-        self.tasks.spawn("bridge.led", OnError::StopNode, |token| async move {
-            let mut leaderships: Vec<_> = broker
-                .shards()
-                .iter()
-                .map(|status| (status.shard, broker.leadership(status.shard)))
-                .collect();
-            loop {
-                let known = leaderships.iter_mut().map(|(shard, leadership)| {
-                    let known = *leadership.borrow_and_update();
-                    (*shard, known)
-                });
-                let led = known.filter(|(_, known)| known.leader == Some(broker.node()));
-                replace_if_other(&led_tx, led.map(|(shard, known)| (shard, known.term)).collect());
-                let changes = leaderships.iter_mut().map(|(_, leadership)| {
-                    Box::pin(leadership.changed())
-                });
-                tokio::select! {
-                    () = token.cancelled() => return Ok(()),
-                    () = led_tx.closed() => return Ok(()),
-                    (changed, _, _) = futures_util::future::select_all(changes) => changed?,
+        self.tasks
+            .spawn("bridge.led", OnError::StopNode, |token| async move {
+                let mut leaderships: Vec<_> = broker
+                    .shards()
+                    .iter()
+                    .map(|status| (status.shard, broker.leadership(status.shard)))
+                    .collect();
+                loop {
+                    let known = leaderships.iter_mut().map(|(shard, leadership)| {
+                        let known = *leadership.borrow_and_update();
+                        (*shard, known)
+                    });
+                    let led = known.filter(|(_, known)| known.leader == Some(broker.node()));
+                    replace_if_other(
+                        &led_tx,
+                        led.map(|(shard, known)| (shard, known.term)).collect(),
+                    );
+                    let changes = leaderships
+                        .iter_mut()
+                        .map(|(_, leadership)| Box::pin(leadership.changed()));
+                    tokio::select! {
+                        () = token.cancelled() => return Ok(()),
+                        () = led_tx.closed() => return Ok(()),
+                        (changed, _, _) = futures_util::future::select_all(changes) => changed?,
+                    }
                 }
-            }
-        });
+            });
         led
     }
 

@@ -82,13 +82,26 @@ impl Tail {
 
     /// Up to `limit` records after `cursor`; `None` when the tail does not reach back to it, which the records'
     /// links to their predecessors prove.
-    pub(super) fn after(&self, cursor: crate::types::Serial, limit: usize) -> Option<Vec<Arc<Record>>> {
-        let start = self.records.partition_point(|record| record.at.serial <= cursor);
+    pub(super) fn after(
+        &self,
+        cursor: crate::types::Serial,
+        limit: usize,
+    ) -> Option<Vec<Arc<Record>>> {
+        let start = self
+            .records
+            .partition_point(|record| record.at.serial <= cursor);
         let Some(first) = self.records.get(start) else {
             return Some(Vec::new());
         };
         let gapless = first.at.predecessor.is_none_or(|before| before <= cursor);
-        gapless.then(|| self.records.iter().skip(start).take(limit).cloned().collect())
+        gapless.then(|| {
+            self.records
+                .iter()
+                .skip(start)
+                .take(limit)
+                .cloned()
+                .collect()
+        })
     }
 }
 
@@ -129,14 +142,20 @@ impl Default for Hub {
 
 impl Hub {
     pub(super) fn join(&self, key: &ChannelKey, follow: Arc<Follow>) -> Arc<Feed> {
-        let mut stripe = self.stripe(key).write().unwrap_or_else(|err| err.into_inner());
+        let mut stripe = self
+            .stripe(key)
+            .write()
+            .unwrap_or_else(|err| err.into_inner());
         let feed = stripe.entry(key.clone()).or_default().clone();
         feed.followers().push(follow);
         feed
     }
 
     pub(super) fn leave(&self, key: &ChannelKey, follow: &Arc<Follow>) {
-        let mut stripe = self.stripe(key).write().unwrap_or_else(|err| err.into_inner());
+        let mut stripe = self
+            .stripe(key)
+            .write()
+            .unwrap_or_else(|err| err.into_inner());
         let Some(feed) = stripe.get(key) else { return };
         let mut followers = feed.followers();
         followers.retain(|known| !Arc::ptr_eq(known, follow));
@@ -158,11 +177,15 @@ impl Hub {
 impl EventSink for Hub {
     fn advanced(&self, _: ShardId, events: Vec<Event>) {
         for event in events {
-            let stripe = self.stripe(&event.key).read().unwrap_or_else(|err| err.into_inner());
+            let stripe = self
+                .stripe(&event.key)
+                .read()
+                .unwrap_or_else(|err| err.into_inner());
             let Some(feed) = stripe.get(&event.key) else {
                 continue;
             };
-            feed.tail().push(Arc::new(Record::new(event.record, event.publish)));
+            feed.tail()
+                .push(Arc::new(Record::new(event.record, event.publish)));
             feed.followers().iter().for_each(|follow| follow.wake());
         }
     }
@@ -196,7 +219,12 @@ mod tests {
     }
 
     fn indexes(records: Option<Vec<Arc<Record>>>) -> Option<Vec<u64>> {
-        records.map(|records| records.iter().map(|record| record.at.serial.index).collect())
+        records.map(|records| {
+            records
+                .iter()
+                .map(|record| record.at.serial.index)
+                .collect()
+        })
     }
 
     #[test]

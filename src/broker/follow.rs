@@ -174,7 +174,10 @@ impl Follower {
 
     async fn read_log(&mut self, limit: usize) -> Result<Vec<Arc<Record>>, Lost> {
         let shard = self.cluster.shard_of(&self.key);
-        let refs = self.cluster.state(shard).after(&self.key, self.cursor, limit);
+        let refs = self
+            .cluster
+            .state(shard)
+            .after(&self.key, self.cursor, limit);
         let refs = match refs {
             Ok(refs) if refs.is_empty() => return Ok(Vec::new()),
             Ok(refs) => refs,

@@ -46,7 +46,9 @@ impl From<PublishError> for ErrorInfo {
     fn from(err: PublishError) -> Self {
         match err {
             PublishError::Busy(info) | PublishError::Indeterminate(info) => info,
-            PublishError::Fenced | PublishError::Gap => Self::new(ErrorCode::Internal, err.to_string()),
+            PublishError::Fenced | PublishError::Gap => {
+                Self::new(ErrorCode::Internal, err.to_string())
+            }
         }
     }
 }

@@ -107,16 +107,26 @@ impl Index {
     pub(super) fn range(&self, range: &Range, limit: usize) -> Vec<RecordRef> {
         let below = |serial: Serial| self.records.partition_point(|held| held.serial < serial);
         let start = range.from.map_or(0, below);
-        let start = start.max(self.records.partition_point(|held| held.stamp_ms < range.start_ms));
+        let start = start.max(
+            self.records
+                .partition_point(|held| held.stamp_ms < range.start_ms),
+        );
         let end = range.to.map_or(self.records.len(), |to| {
             self.records.partition_point(|held| held.serial <= to)
         });
-        let end = end.min(self.records.partition_point(|held| held.stamp_ms <= range.end_ms));
+        let end = end.min(
+            self.records
+                .partition_point(|held| held.stamp_ms <= range.end_ms),
+        );
         if start >= end {
             return Vec::new();
         }
         match range.newest_first {
-            true => (start..end).rev().take(limit).map(|at| self.record(at)).collect(),
+            true => (start..end)
+                .rev()
+                .take(limit)
+                .map(|at| self.record(at))
+                .collect(),
             false => (start..end).take(limit).map(|at| self.record(at)).collect(),
         }
     }

@@ -15,7 +15,10 @@ use crate::wire::entry;
 pub enum Error {
     #[error("entry {index} cannot be decoded: {reason}")]
     Undecodable { index: u64, reason: String },
-    #[error("entry {index} has version {found}; this build applies up to {}", entry::VERSION)]
+    #[error(
+        "entry {index} has version {found}; this build applies up to {}",
+        entry::VERSION
+    )]
     NewerVersion { index: u64, found: u32 },
     #[error("entry {index} was applied already; the newest applied is {applied}")]
     OutOfOrder { index: u64, applied: u64 },
@@ -304,7 +307,11 @@ trait PopDue {
 impl PopDue for BTreeSet<(u64, ChannelKey)> {
     fn pop_first_if_due(&mut self, now_ms: u64) -> Option<(u64, ChannelKey)> {
         let (due, _) = self.first()?;
-        if *due <= now_ms { self.pop_first() } else { None }
+        if *due <= now_ms {
+            self.pop_first()
+        } else {
+            None
+        }
     }
 }
 
@@ -334,7 +341,9 @@ fn channel_key(publish: &entry::Publish) -> Option<ChannelKey> {
 /// can take another connection's next publish for a repetition by choosing its id first.
 fn digest(id: &str, connection_id: &str) -> KeyDigest {
     let numbered = !connection_id.is_empty()
-        && id.strip_prefix(connection_id).is_some_and(|rest| rest.starts_with(':'));
+        && id
+            .strip_prefix(connection_id)
+            .is_some_and(|rest| rest.starts_with(':'));
     let mut context = ring::digest::Context::new(&ring::digest::SHA256);
     context.update(&[u8::from(numbered)]);
     context.update(id.as_bytes());

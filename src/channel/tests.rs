@@ -40,7 +40,12 @@ fn from_kafka(epoch: u64, offset: i64) -> entry::Publish {
     }
 }
 
-fn apply(shard: &mut Shard, index: u64, stamp_ms: u64, publishes: Vec<entry::Publish>) -> Vec<Outcome> {
+fn apply(
+    shard: &mut Shard,
+    index: u64,
+    stamp_ms: u64,
+    publishes: Vec<entry::Publish>,
+) -> Vec<Outcome> {
     let entry = entry::Entry {
         version: entry::VERSION,
         stamp_ms,
@@ -64,10 +69,21 @@ const MINUTE: u64 = 60_000;
 #[test]
 fn a_repeated_publish_is_stored_once_and_answered_with_its_first_serial() {
     let mut shard = Shard::new(1);
-    let twice = vec![publish("a", "c:0"), publish("a", "c:0"), publish("b", "c:0")];
+    let twice = vec![
+        publish("a", "c:0"),
+        publish("a", "c:0"),
+        publish("b", "c:0"),
+    ];
     let outcomes = apply(&mut shard, 5, 0, twice);
     let first = Outcome::Stored(at(5, 0));
-    assert_eq!(outcomes, [first, Outcome::Duplicate(Some(at(5, 0))), Outcome::Stored(at(5, 2))]);
+    assert_eq!(
+        outcomes,
+        [
+            first,
+            Outcome::Duplicate(Some(at(5, 0))),
+            Outcome::Stored(at(5, 2))
+        ]
+    );
     assert!(shard.is_dropped(5, 1) && !shard.is_dropped(5, 0));
     assert_eq!(shard.seen(&key("a"), "c:0", ""), Some(at(5, 0)));
 }
@@ -80,10 +96,24 @@ fn nobody_takes_a_connections_next_id_by_choosing_it_first() {
         ..publish("a", "victim:7")
     };
     let chosen = publish("a", "victim:7");
-    let outcomes = apply(&mut shard, 1, 0, vec![chosen.clone(), numbered.clone(), chosen, numbered]);
+    let outcomes = apply(
+        &mut shard,
+        1,
+        0,
+        vec![chosen.clone(), numbered.clone(), chosen, numbered],
+    );
     let (first, second) = (at(1, 0), at(1, 1));
-    assert_eq!(outcomes[..2], [Outcome::Stored(first), Outcome::Stored(second)]);
-    assert_eq!(outcomes[2..], [Outcome::Duplicate(Some(first)), Outcome::Duplicate(Some(second))]);
+    assert_eq!(
+        outcomes[..2],
+        [Outcome::Stored(first), Outcome::Stored(second)]
+    );
+    assert_eq!(
+        outcomes[2..],
+        [
+            Outcome::Duplicate(Some(first)),
+            Outcome::Duplicate(Some(second))
+        ]
+    );
 }
 
 #[test]
@@ -91,11 +121,20 @@ fn a_record_and_its_key_are_gone_after_the_retention_by_stamps() {
     let mut shard = Shard::new(1);
     apply(&mut shard, 1, 0, vec![publish("a", "x")]);
     apply(&mut shard, 2, 2 * MINUTE - 1, vec![publish("a", "y")]);
-    assert_eq!(shard.after(&key("a"), Serial::default().with(1), 9).unwrap().len(), 2);
+    assert_eq!(
+        shard
+            .after(&key("a"), Serial::default().with(1), 9)
+            .unwrap()
+            .len(),
+        2
+    );
     assert!(shard.has_due(2 * MINUTE) && !shard.has_due(2 * MINUTE - 1));
     apply(&mut shard, 3, 2 * MINUTE, vec![]);
     assert_eq!(shard.seen(&key("a"), "x", ""), None);
-    assert_eq!(shard.after(&key("a"), at(0, 0), 9), Err(Behind { floor: at(1, 0) }));
+    assert_eq!(
+        shard.after(&key("a"), at(0, 0), 9),
+        Err(Behind { floor: at(1, 0) })
+    );
     let left = shard.after(&key("a"), at(1, 0), 9).unwrap();
     assert_eq!((left.len(), left[0].predecessor), (1, Some(at(1, 0))));
 }
@@ -105,7 +144,11 @@ fn a_clock_that_goes_back_does_not_take_stamps_back() {
     let mut shard = Shard::new(1);
     apply(&mut shard, 1, 1000, vec![publish("a", "x")]);
     apply(&mut shard, 2, 10, vec![publish("a", "y")]);
-    let stamps: Vec<u64> = shard.range(&key("a"), &Range::ALL, 9).iter().map(|r| r.stamp_ms).collect();
+    let stamps: Vec<u64> = shard
+        .range(&key("a"), &Range::ALL, 9)
+        .iter()
+        .map(|r| r.stamp_ms)
+        .collect();
     assert_eq!(stamps, [1000, 1000]);
 }
 
@@ -114,11 +157,20 @@ fn an_empty_channel_still_knows_where_it_ended_and_is_forgotten_in_the_end() {
     let mut shard = Shard::new(1);
     apply(&mut shard, 1, 0, vec![publish("a", "x")]);
     apply(&mut shard, 2, 3 * MINUTE, vec![]);
-    assert!(shard.after(&key("a"), at(0, 0), 9).is_err(), "its record is gone");
-    assert!(shard.after(&key("b"), at(0, 0), 9).is_ok(), "nothing was there to miss");
+    assert!(
+        shard.after(&key("a"), at(0, 0), 9).is_err(),
+        "its record is gone"
+    );
+    assert!(
+        shard.after(&key("b"), at(0, 0), 9).is_ok(),
+        "nothing was there to miss"
+    );
     apply(&mut shard, 3, 3 * MINUTE + 86_400_000, vec![]);
     assert_eq!(shard.sizes(), (0, 0));
-    assert!(shard.after(&key("a"), at(0, 0), 9).is_err(), "a serial that old proves nothing");
+    assert!(
+        shard.after(&key("a"), at(0, 0), 9).is_err(),
+        "a serial that old proves nothing"
+    );
     assert!(shard.after(&key("a"), at(1, 0), 9).is_ok());
 }
 
@@ -136,7 +188,14 @@ fn kafka_replays_are_dropped_and_replaced_owners_refused() {
     assert_eq!(outcomes[2], Outcome::Duplicate(None));
     let records = vec![from_kafka(2, 11), from_kafka(2, 13), from_kafka(1, 14)];
     let outcomes = apply(&mut shard, 2, 0, records);
-    assert_eq!(outcomes, [Outcome::Duplicate(None), Outcome::Stored(at(2, 1)), Outcome::Fenced]);
+    assert_eq!(
+        outcomes,
+        [
+            Outcome::Duplicate(None),
+            Outcome::Stored(at(2, 1)),
+            Outcome::Fenced
+        ]
+    );
 }
 
 #[test]
@@ -151,24 +210,71 @@ fn a_refused_kafka_record_is_not_overtaken_by_its_successor() {
     let outcomes = apply(&mut shard, 2, 0, vec![following(14, 12)]);
     assert_eq!(outcomes, [Outcome::Gap], "12 was refused at the door");
     let outcomes = apply(&mut shard, 3, 0, vec![following(12, 10), following(14, 12)]);
-    assert_eq!(outcomes, [Outcome::Stored(at(3, 0)), Outcome::Stored(at(3, 1))]);
+    assert_eq!(
+        outcomes,
+        [Outcome::Stored(at(3, 0)), Outcome::Stored(at(3, 1))]
+    );
 }
 
 #[test]
 fn a_range_is_inclusive_and_read_from_either_end() {
     let mut shard = Shard::new(1);
     for index in 1..=5 {
-        apply(&mut shard, index, index * 10, vec![publish("a", &format!("{index}"))]);
+        apply(
+            &mut shard,
+            index,
+            index * 10,
+            vec![publish("a", &format!("{index}"))],
+        );
     }
     let read = |range: Range, limit| {
         let refs = shard.range(&key("a"), &range, limit).into_iter();
         refs.map(|r| r.serial.index).collect::<Vec<u64>>()
     };
     assert_eq!(read(Range::ALL, 2), [5, 4]);
-    assert_eq!(read(Range { newest_first: false, ..Range::ALL }, 2), [1, 2]);
-    assert_eq!(read(Range { from: Some(at(2, 0)), to: Some(at(4, 0)), ..Range::ALL }, 9), [4, 3, 2]);
-    assert_eq!(read(Range { start_ms: 20, end_ms: 30, ..Range::ALL }, 9), [3, 2]);
-    assert!(read(Range { start_ms: 31, end_ms: 30, ..Range::ALL }, 9).is_empty());
+    assert_eq!(
+        read(
+            Range {
+                newest_first: false,
+                ..Range::ALL
+            },
+            2
+        ),
+        [1, 2]
+    );
+    assert_eq!(
+        read(
+            Range {
+                from: Some(at(2, 0)),
+                to: Some(at(4, 0)),
+                ..Range::ALL
+            },
+            9
+        ),
+        [4, 3, 2]
+    );
+    assert_eq!(
+        read(
+            Range {
+                start_ms: 20,
+                end_ms: 30,
+                ..Range::ALL
+            },
+            9
+        ),
+        [3, 2]
+    );
+    assert!(
+        read(
+            Range {
+                start_ms: 31,
+                end_ms: 30,
+                ..Range::ALL
+            },
+            9
+        )
+        .is_empty()
+    );
 }
 
 #[test]
@@ -180,14 +286,23 @@ fn a_newer_entry_stops_the_replica_untouched() {
     };
     let before = shard.clone();
     let err = shard.apply(1, entry.encode_to_vec().into()).unwrap_err();
-    assert_eq!(err, Error::NewerVersion { index: 1, found: entry::VERSION + 1 });
+    assert_eq!(
+        err,
+        Error::NewerVersion {
+            index: 1,
+            found: entry::VERSION + 1
+        }
+    );
     assert!(shard.apply(1, vec![0xff; 3].into()).is_err());
     assert_eq!(shard, before);
 }
 
 impl Serial {
     fn with(self, incarnation: u16) -> Self {
-        Self { incarnation, ..self }
+        Self {
+            incarnation,
+            ..self
+        }
     }
 }
 
@@ -205,7 +320,8 @@ impl Reference {
             return Outcome::Duplicate(Some(first.3));
         }
         let expires = self.clock + 2 * MINUTE;
-        self.records.push((channel.into(), id.into(), expires, serial));
+        self.records
+            .push((channel.into(), id.into(), expires, serial));
         Outcome::Stored(serial)
     }
 }

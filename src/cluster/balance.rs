@@ -62,7 +62,10 @@ impl Cluster {
     async fn hand_over_group(&self, group: &Group) {
         let mut leadership = group.leadership();
         while leadership.borrow_and_update().leader == Some(self.node()) {
-            let able = self.reachable().into_iter().find(|node| group.is_caught_up(*node));
+            let able = self
+                .reachable()
+                .into_iter()
+                .find(|node| group.is_caught_up(*node));
             let Some(to) = able else {
                 if self.reachable().is_empty() {
                     return;

@@ -34,7 +34,9 @@ const COMMAND_PATIENCE: Duration = Duration::from_secs(10);
 pub enum CommandError {
     #[error("refused: {0}")]
     Refused(String),
-    #[error("no leader of the control group was reached in time; it may or may not have been applied")]
+    #[error(
+        "no leader of the control group was reached in time; it may or may not have been applied"
+    )]
     Indeterminate,
 }
 
@@ -55,7 +57,9 @@ pub(super) fn start(cluster: &Cluster, tasks: &Tasks) {
         }
     });
     let this = cluster.clone();
-    tasks.spawn("cluster.steer", OnError::StopNode, |token| this.steer(heard, token));
+    tasks.spawn("cluster.steer", OnError::StopNode, |token| {
+        this.steer(heard, token)
+    });
 }
 
 fn register(cluster: &Cluster, heard: &Heard) {
@@ -64,7 +68,9 @@ fn register(cluster: &Cluster, heard: &Heard) {
     let read_index = move |_: NodeId, group: GroupId, _: Bytes| {
         let this = this.clone();
         async move {
-            let known = group.shard().is_none_or(|shard| shard.0 < this.0.options.shards);
+            let known = group
+                .shard()
+                .is_none_or(|shard| shard.0 < this.0.options.shards);
             let at = match known {
                 true => this.group(group).read_index().await,
                 false => None,
@@ -132,7 +138,9 @@ impl Cluster {
     async fn ask_read_index(&self, leader: NodeId, group: GroupId) -> Option<u64> {
         let body = peer::ReadIndexRequest {}.encode_to_vec().into();
         let transport = &self.0.transport;
-        let answer = transport.call(leader, Lane::Raft, READ_INDEX, group, body, ASK).await;
+        let answer = transport
+            .call(leader, Lane::Raft, READ_INDEX, group, body, ASK)
+            .await;
         let response = peer::ReadIndexResponse::decode(answer.ok()?).ok()?;
         response.at.map(|at| at.index)
     }
@@ -154,7 +162,9 @@ impl Cluster {
             let leader = self.control_leadership().borrow().leader;
             let answer = match leader {
                 None => None,
-                Some(leader) if leader == self.node() => self.propose_here(entry.clone()).await.ok(),
+                Some(leader) if leader == self.node() => {
+                    self.propose_here(entry.clone()).await.ok()
+                }
                 Some(leader) => self.ask_command(leader, entry.clone()).await,
             };
             if let Some(answer) = answer {
@@ -168,7 +178,9 @@ impl Cluster {
     async fn ask_command(&self, leader: NodeId, entry: Bytes) -> Option<Result<(), String>> {
         let body = peer::ControlRequest { entry }.encode_to_vec().into();
         let (transport, group) = (&self.0.transport, GroupId::CONTROL);
-        let answer = transport.call(leader, Lane::Bulk, CONTROL, group, body, ASK).await;
+        let answer = transport
+            .call(leader, Lane::Bulk, CONTROL, group, body, ASK)
+            .await;
         let response = peer::ControlResponse::decode(answer.ok()?).ok()?;
         match (response.not_leader, response.refused) {
             (true, _) => None,
@@ -198,7 +210,9 @@ impl Cluster {
         let body = peer::Alive {}.encode_to_vec().into();
         let (transport, group) = (&self.0.transport, GroupId::CONTROL);
         // A pulse that does not arrive is what silence means.
-        let _ = transport.call(leader, Lane::Raft, ALIVE, group, body, PULSE).await;
+        let _ = transport
+            .call(leader, Lane::Raft, ALIVE, group, body, PULSE)
+            .await;
     }
 
     /// While this node leads the control group: gives birth to the cluster, and gives bridge slots to the living.
@@ -235,12 +249,20 @@ impl Cluster {
 
     async fn assign_slots(&self, bridge: &str, alive: &BTreeSet<NodeId>) {
         let registry = self.registry().borrow().clone();
-        let now = registry.bridges.get(bridge).map(|state| state.slots.clone());
+        let now = registry
+            .bridges
+            .get(bridge)
+            .map(|state| state.slots.clone());
         let changes = placement::reassign(BRIDGE_SLOTS, &now.unwrap_or_default(), alive);
         if changes.is_empty() {
             return;
         }
-        tracing::info!(bridge, slots = changes.len(), ?alive, "bridge slots change hands");
+        tracing::info!(
+            bridge,
+            slots = changes.len(),
+            ?alive,
+            "bridge slots change hands"
+        );
         let slot = |(slot, at): (u32, placement::Assignment)| wire::Slot {
             slot,
             node: at.node.0,
@@ -250,7 +272,8 @@ impl Cluster {
             bridge: bridge.to_owned(),
             slots: changes.into_iter().map(slot).collect(),
         };
-        self.command_or_warn(wire::entry::Command::AssignSlots(change)).await;
+        self.command_or_warn(wire::entry::Command::AssignSlots(change))
+            .await;
     }
 
     async fn command_or_warn(&self, command: wire::entry::Command) {
@@ -268,5 +291,7 @@ fn alive(heard: &Heard) -> BTreeSet<NodeId> {
 
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
 }

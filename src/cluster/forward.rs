@@ -46,7 +46,12 @@ impl Stream {
 
     /// The next outcomes, in the order sent. Cancel-safe.
     pub(super) async fn answer(&mut self) -> Answer {
-        let frame = self.frame_rx.next().await.and_then(Result::ok).ok_or(Broken)?;
+        let frame = self
+            .frame_rx
+            .next()
+            .await
+            .and_then(Result::ok)
+            .ok_or(Broken)?;
         let outcomes = answers_in(frame, self.answered).ok_or(Broken)?;
         self.answered += outcomes.len() as u64;
         Ok(outcomes)
@@ -55,7 +60,9 @@ impl Stream {
 
 /// Publishes as a frame; `first` is the number of the first of them on this stream.
 fn request(first: u64, publishes: &[entry::Publish]) -> Bytes {
-    let publishes = publishes.iter().map(|publish| publish.encode_to_vec().into());
+    let publishes = publishes
+        .iter()
+        .map(|publish| publish.encode_to_vec().into());
     let publishes = publishes.collect();
     peer::Forward { first, publishes }.encode_to_vec().into()
 }
@@ -79,7 +86,9 @@ impl StreamHandler for Door {
         frame_tx: FrameTx,
         frame_rx: FrameRx,
     ) -> BoxFuture<'static, ()> {
-        let shard = group.shard().and_then(|ShardId(shard)| usize::try_from(shard).ok());
+        let shard = group
+            .shard()
+            .and_then(|ShardId(shard)| usize::try_from(shard).ok());
         let proposer = shard.and_then(|shard| self.proposers.get(shard)).cloned();
         Box::pin(async move {
             // An unknown shard: the stream's end tells the sender.
@@ -201,6 +210,9 @@ mod tests {
     fn a_frame_out_of_order_is_refused() {
         let frame = request(5, &[entry::Publish::default()]);
         assert!(request_in(frame.clone(), 4).is_none());
-        assert_eq!(request_in(frame, 5).map(|publishes| publishes.len()), Some(1));
+        assert_eq!(
+            request_in(frame, 5).map(|publishes| publishes.len()),
+            Some(1)
+        );
     }
 }

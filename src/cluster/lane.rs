@@ -264,7 +264,10 @@ impl Task {
 
     fn on_outcomes(&mut self, outcomes: Vec<Outcome>) {
         for outcome in outcomes {
-            let answered = self.pending.pop_front().and_then(|pending| pending.reply_tx);
+            let answered = self
+                .pending
+                .pop_front()
+                .and_then(|pending| pending.reply_tx);
             if let Some(reply_tx) = answered {
                 // A publisher that is gone needs no reply.
                 let _ = reply_tx.send(Ok(outcome));
@@ -273,7 +276,10 @@ impl Task {
     }
 
     fn next_deadline(&self) -> Option<Instant> {
-        let waiting = self.pending.iter().find(|pending| pending.reply_tx.is_some());
+        let waiting = self
+            .pending
+            .iter()
+            .find(|pending| pending.reply_tx.is_some());
         waiting.map(|pending| pending.deadline)
     }
 

@@ -125,7 +125,13 @@ impl Task {
 
     async fn on_batch(&mut self, first: Batch) {
         let mut batches = vec![first];
-        let size = |batch: &Batch| batch.publishes.iter().map(entry::Publish::encoded_len).sum();
+        let size = |batch: &Batch| {
+            batch
+                .publishes
+                .iter()
+                .map(entry::Publish::encoded_len)
+                .sum()
+        };
         let mut bytes: usize = size(&batches[0]);
         let mut publishes = batches[0].publishes.len();
         while bytes < ENTRY_BYTES && publishes < ENTRY_PUBLISHES {
@@ -152,7 +158,10 @@ impl Task {
         let mut plan = Plan::default();
         {
             let state = self.state.read();
-            for publish in batches.iter_mut().flat_map(|batch| batch.publishes.drain(..)) {
+            for publish in batches
+                .iter_mut()
+                .flat_map(|batch| batch.publishes.drain(..))
+            {
                 // A retry of what is stored already needs no entry: retries cost nothing but this look.
                 let seen = match publish.source {
                     None => key_of(&publish)
@@ -217,7 +226,8 @@ struct Plan {
 
 impl Plan {
     fn add(&mut self, publish: entry::Publish, seen: Option<crate::types::Serial>) {
-        self.known.push(seen.map(|first| Outcome::Duplicate(Some(first))));
+        self.known
+            .push(seen.map(|first| Outcome::Duplicate(Some(first))));
         if seen.is_none() {
             self.proposed.push(publish);
         }
@@ -237,7 +247,10 @@ impl Plan {
     /// All outcomes in order; `None` when the entry's do not fit the plan.
     fn merge(self, proposed: Vec<Outcome>) -> Option<Vec<Outcome>> {
         let mut proposed = proposed.into_iter();
-        let merged = self.known.into_iter().map(|known| known.or_else(|| proposed.next()));
+        let merged = self
+            .known
+            .into_iter()
+            .map(|known| known.or_else(|| proposed.next()));
         let merged: Option<Vec<Outcome>> = merged.collect();
         merged.filter(|_| proposed.next().is_none())
     }
@@ -245,5 +258,7 @@ impl Plan {
 
 fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+    since.map_or(0, |since| {
+        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+    })
 }

@@ -34,7 +34,10 @@ pub struct BridgeState {
 impl Registry {
     fn apply(&mut self, entry: control::Entry) -> Result<(), String> {
         use control::entry::Command;
-        match entry.command.ok_or("the entry has no command this build knows")? {
+        match entry
+            .command
+            .ok_or("the entry has no command this build knows")?
+        {
             Command::Bootstrap(bootstrap) => {
                 if self.bootstrap.is_none() {
                     self.bootstrap = Some(Arc::new(bootstrap));
@@ -64,7 +67,10 @@ impl Registry {
     fn advance(&mut self, change: control::AdvanceFloors) -> Result<(), String> {
         let state = self.bridges.entry(change.bridge).or_default();
         let fenced = |floor: &&control::Floor| {
-            state.slots.get(&floor.slot).is_none_or(|at| at.epoch != floor.epoch)
+            state
+                .slots
+                .get(&floor.slot)
+                .is_none_or(|at| at.epoch != floor.epoch)
         };
         if let Some(floor) = change.floors.iter().find(fenced) {
             return Err(format!("slot {} has another owner", floor.slot));
@@ -127,7 +133,9 @@ impl Registry {
 fn check_version(found: u32) -> Result<(), String> {
     if found > control::VERSION {
         let known = control::VERSION;
-        return Err(format!("control entry has version {found}; this build applies up to {known}"));
+        return Err(format!(
+            "control entry has version {found}; this build applies up to {known}"
+        ));
     }
     Ok(())
 }
@@ -157,7 +165,8 @@ impl Machine for ControlMachine {
         let entry = control::Entry::decode(payload).map_err(|err| err.to_string())?;
         check_version(entry.version)?;
         let result = self.registry.apply(entry);
-        self.registry_tx.send_replace(Arc::new(self.registry.clone()));
+        self.registry_tx
+            .send_replace(Arc::new(self.registry.clone()));
         self.applied_tx.send_replace(index);
         Ok(Response::Control(result))
     }
@@ -172,7 +181,8 @@ impl Machine for ControlMachine {
 
     fn restore(&mut self, state: Bytes) -> Result<(), String> {
         self.registry = Registry::decode(state)?;
-        self.registry_tx.send_replace(Arc::new(self.registry.clone()));
+        self.registry_tx
+            .send_replace(Arc::new(self.registry.clone()));
         Ok(())
     }
 }
@@ -229,12 +239,19 @@ mod tests {
     fn a_slot_changes_hands_only_from_its_present_epoch_and_a_former_owner_moves_no_floor() {
         let mut registry = Registry::default();
         apply(&mut registry, assign(3, 1, 1)).unwrap();
-        assert!(apply(&mut registry, assign(3, 2, 1)).is_err(), "decided on old knowledge");
+        assert!(
+            apply(&mut registry, assign(3, 2, 1)).is_err(),
+            "decided on old knowledge"
+        );
         apply(&mut registry, advance(10, 1)).unwrap();
         apply(&mut registry, assign(3, 2, 2)).unwrap();
         assert!(apply(&mut registry, advance(20, 1)).is_err());
         apply(&mut registry, advance(5, 2)).unwrap();
-        assert_eq!(registry.bridges["b"].floors[&("t".into(), 0)], 10, "a floor never sinks");
+        assert_eq!(
+            registry.bridges["b"].floors[&("t".into(), 0)],
+            10,
+            "a floor never sinks"
+        );
         let copy = Registry::decode(registry.encode()).unwrap();
         assert_eq!(copy.bridges, registry.bridges);
     }

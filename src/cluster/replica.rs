@@ -1,6 +1,7 @@
 //! A shard's replica on this node: its replicated state, for readers, and the events it gives off.
 
 use std::collections::BTreeMap;
+use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
@@ -58,7 +59,9 @@ impl ShardMachine {
 
     fn with<R>(&self, change: impl FnOnce(&mut Shard) -> R) -> R {
         let mut shard = self.state.0.write();
-        let shard = shard.as_mut().expect("a panic while applying stops the group");
+        let shard = shard
+            .as_mut()
+            .expect("a panic while applying stops the group");
         change(shard)
     }
 }
@@ -114,12 +117,14 @@ pub(super) fn read_records(group: &Group, refs: &[RecordRef]) -> io::Result<Vec<
     let mut records = Vec::with_capacity(refs.len());
     for at in refs {
         let index = at.serial.index;
-        if !entries.contains_key(&index) {
-            let read = group.read_log(index, index, usize::MAX)?.pop();
-            let payload = read.and_then(|(_, payload)| payload);
-            entries.insert(index, decode(index, payload)?);
-        }
-        let publishes = &entries[&index].publishes;
+        let publishes = match entries.entry(index) {
+            Entry::Occupied(read) => &read.into_mut().publishes,
+            Entry::Vacant(unread) => {
+                let read = group.read_log(index, index, usize::MAX)?.pop();
+                let payload = read.and_then(|(_, payload)| payload);
+                &unread.insert(decode(index, payload)?).publishes
+            }
+        };
         let publish = publishes.get(usize::from(at.serial.position));
         let publish = publish.cloned().ok_or_else(|| missing(index))?;
         records.push(StoredRecord { at: *at, publish });

@@ -100,9 +100,14 @@ impl Cluster {
     /// When the cluster was created with other settings than this node's.
     pub async fn ready(&self) -> Result<(), Error> {
         let mut registry = self.registry();
-        let born = registry.wait_for(|registry| registry.bootstrap.is_some()).await;
+        let born = registry
+            .wait_for(|registry| registry.bootstrap.is_some())
+            .await;
         let created = born.map_err(|_| Error::Stopping)?;
-        let created = created.bootstrap.as_ref().map_or(0, |bootstrap| bootstrap.shards);
+        let created = created
+            .bootstrap
+            .as_ref()
+            .map_or(0, |bootstrap| bootstrap.shards);
         let configured = self.0.options.shards;
         if created != configured {
             return Err(Error::Shards {
@@ -157,9 +162,14 @@ impl Starter<'_> {
     async fn shard(&self, shard: ShardId) -> Result<(Replica, Proposer), Error> {
         let state = State::new(INCARNATION);
         let (machine, applied) = ShardMachine::new(shard, state.clone(), self.parts.sink.clone());
-        let group = self.group(GroupId::of_shard(shard), Box::new(machine)).await?;
+        let group = self
+            .group(GroupId::of_shard(shard), Box::new(machine))
+            .await?;
         let (proposer, task) = Proposer::new(group.clone(), state.clone());
-        self.tasks.spawn("cluster.proposer", OnError::StopNode, |token| task.run(token));
+        self.tasks
+            .spawn("cluster.proposer", OnError::StopNode, |token| {
+                task.run(token)
+            });
         let ways = Ways {
             node: self.options.node,
             group: group.id(),
@@ -168,7 +178,8 @@ impl Starter<'_> {
             transport: self.parts.transport.clone(),
         };
         let (lane, task) = Lane::new(ways, ByteBudget::new(self.options.waiting_bytes_max));
-        self.tasks.spawn("cluster.lane", OnError::StopNode, |token| task.run(token));
+        self.tasks
+            .spawn("cluster.lane", OnError::StopNode, |token| task.run(token));
         let replica = Replica {
             group,
             state,

@@ -9,7 +9,9 @@ use crate::wire::ably::{self, ErrorBody, Format};
 
 /// The format a client wants its answer in: `Accept`, else `format` in the query, else JSON.
 pub(super) fn wanted_format(headers: &HeaderMap, query: Option<&str>) -> Format {
-    let accept = headers.get(header::ACCEPT).and_then(|value| value.to_str().ok());
+    let accept = headers
+        .get(header::ACCEPT)
+        .and_then(|value| value.to_str().ok());
     let msgpack = |text: &str| text.contains(Format::MsgPack.media_type());
     match (accept, query) {
         (Some(accept), _) if msgpack(accept) => Format::MsgPack,
@@ -21,7 +23,9 @@ pub(super) fn wanted_format(headers: &HeaderMap, query: Option<&str>) -> Format 
 
 /// The format a request's body is in, by its content type; JSON where it says nothing.
 pub(super) fn body_format(headers: &HeaderMap) -> Format {
-    let content_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let content_type = headers
+        .get(header::CONTENT_TYPE)
+        .and_then(|value| value.to_str().ok());
     match content_type {
         Some(value) if value.starts_with(Format::MsgPack.media_type()) => Format::MsgPack,
         _ => Format::Json,
@@ -34,14 +38,20 @@ pub(super) fn answer<T: Serialize + ?Sized>(
     format: Format,
     value: &T,
 ) -> Response<Body> {
-    body(status, format, Body::from(ably::encode_value(format, value)))
+    body(
+        status,
+        format,
+        Body::from(ably::encode_value(format, value)),
+    )
 }
 
 pub(super) fn body(status: StatusCode, format: Format, body: Body) -> Response<Body> {
     let mut response = Response::new(body);
     *response.status_mut() = status;
     let media_type = HeaderValue::from_static(format.media_type());
-    response.headers_mut().insert(header::CONTENT_TYPE, media_type);
+    response
+        .headers_mut()
+        .insert(header::CONTENT_TYPE, media_type);
     allow_everyone(response)
 }
 
@@ -87,5 +97,8 @@ pub(super) fn allow_everyone(mut response: Response<Body>) -> Response<Body> {
 }
 
 pub(super) fn not_found(format: Format) -> Response<Body> {
-    failure(format, &ErrorInfo::new(ErrorCode::NotFound, "no such resource"))
+    failure(
+        format,
+        &ErrorInfo::new(ErrorCode::NotFound, "no such resource"),
+    )
 }

@@ -114,8 +114,12 @@ impl Query {
         for record in records {
             let serial = record.at.serial;
             let found = record_messages(serial, &record.publish, record.at.stamp_ms)?;
-            let found = (0..).zip(found).map(|(offset, message)| (serial.message(offset), message));
-            let mut found: Vec<_> = found.filter(|(serial, _)| self.is_wanted(*serial)).collect();
+            let found = (0..)
+                .zip(found)
+                .map(|(offset, message)| (serial.message(offset), message));
+            let mut found: Vec<_> = found
+                .filter(|(serial, _)| self.is_wanted(*serial))
+                .collect();
             if !self.forwards {
                 found.reverse();
             }
@@ -135,7 +139,11 @@ impl Query {
 
     fn links(&self, last: Option<MessageSerial>) -> Vec<String> {
         let link = |rel: &str, cursor: Option<MessageSerial>| {
-            let direction = if self.forwards { "forwards" } else { "backwards" };
+            let direction = if self.forwards {
+                "forwards"
+            } else {
+                "backwards"
+            };
             let mut query = format!("limit={}&direction={direction}", self.limit);
             if self.start_ms > 0 {
                 query += &format!("&start={}", self.start_ms);
@@ -170,13 +178,22 @@ mod tests {
     use super::*;
 
     fn parse(pairs: &[(&str, &str)]) -> Result<Query, ErrorInfo> {
-        let pairs: Vec<_> = pairs.iter().map(|(a, b)| ((*a).into(), (*b).into())).collect();
+        let pairs: Vec<_> = pairs
+            .iter()
+            .map(|(a, b)| ((*a).into(), (*b).into()))
+            .collect();
         Query::parse(&pairs)
     }
 
     #[test]
     fn wrong_parameters_are_named() {
-        for (name, value) in [("limit", "0"), ("limit", "1001"), ("direction", "up"), ("start", "x"), ("cursor", "1")] {
+        for (name, value) in [
+            ("limit", "0"),
+            ("limit", "1001"),
+            ("direction", "up"),
+            ("start", "x"),
+            ("cursor", "1"),
+        ] {
             let err = parse(&[(name, value)]).unwrap_err();
             assert_eq!(err.code, ErrorCode::InvalidParameter);
             assert!(err.message.contains(name), "{}", err.message);
@@ -192,8 +209,17 @@ mod tests {
         let (_, next) = links[2].split_once("<./messages?").unwrap();
         let (next, rel) = next.split_once(">; ").unwrap();
         assert_eq!(rel, "rel=\"next\"");
-        let pairs: Vec<_> = next.split('&').map(|pair| pair.split_once('=').unwrap()).collect();
+        let pairs: Vec<_> = next
+            .split('&')
+            .map(|pair| pair.split_once('=').unwrap())
+            .collect();
         let again = parse(&pairs).unwrap();
-        assert_eq!(again, Query { cursor: Some(last), ..query });
+        assert_eq!(
+            again,
+            Query {
+                cursor: Some(last),
+                ..query
+            }
+        );
     }
 }

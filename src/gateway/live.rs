@@ -20,7 +20,9 @@ impl Live {
     /// Takes the connection's place. Who had it before learns that it was superseded.
     pub(crate) fn take(&self, connection_id: &str) -> Seat {
         let superseded = CancellationToken::new();
-        let former = self.lock().insert(connection_id.to_owned(), superseded.clone());
+        let former = self
+            .lock()
+            .insert(connection_id.to_owned(), superseded.clone());
         if let Some(former) = former {
             former.cancel();
         }

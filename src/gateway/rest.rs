@@ -32,7 +32,10 @@ pub(super) fn router(door: Door) -> Router {
             "/channels/{channel}/messages",
             get(history).post(publish).options(preflight),
         )
-        .route("/channels/{channel}/history", get(history).options(preflight))
+        .route(
+            "/channels/{channel}/history",
+            get(history).options(preflight),
+        )
         .route("/firth/where", get(whereabouts).options(preflight))
         .fallback(unknown)
         .method_not_allowed_fallback(wrong_method)
@@ -42,7 +45,10 @@ pub(super) fn router(door: Door) -> Router {
 /// A query's pairs, percent-decoded. A `+` is a plus sign: client libraries encode spaces as `%20`.
 pub(super) fn pairs(query: Option<&str>) -> Pairs {
     let decode = |text: &str| percent_decode_str(text).decode_utf8_lossy().into_owned();
-    let parts = query.unwrap_or_default().split('&').filter(|part| !part.is_empty());
+    let parts = query
+        .unwrap_or_default()
+        .split('&')
+        .filter(|part| !part.is_empty());
     let pair = |part: &str| match part.split_once('=') {
         Some((name, value)) => (decode(name), decode(value)),
         None => (decode(part), String::new()),
@@ -51,7 +57,9 @@ pub(super) fn pairs(query: Option<&str>) -> Pairs {
 }
 
 pub(super) fn find<'a>(pairs: &'a Pairs, names: &[&str]) -> Option<&'a str> {
-    let found = pairs.iter().find(|(name, _)| names.contains(&name.as_str()));
+    let found = pairs
+        .iter()
+        .find(|(name, _)| names.contains(&name.as_str()));
     found.map(|(_, value)| value.as_str())
 }
 
@@ -168,28 +176,34 @@ struct NodeUrl<'a> {
 }
 
 /// Which node answers, and which leads the channel.
-async fn whereabouts(State(door): State<Door>, RawQuery(query): RawQuery, headers: HeaderMap) -> Answer {
+async fn whereabouts(
+    State(door): State<Door>,
+    RawQuery(query): RawQuery,
+    headers: HeaderMap,
+) -> Answer {
     let asked = Asked::new(headers, query.as_deref());
     let channel = find(&asked.pairs, &["channel"]).unwrap_or_default();
-    let result = asked.admit(&door, Operation::Subscribe, channel).map(|(_, key)| {
-        let place = door.broker.place(&key);
-        let nodes = door.broker.nodes();
-        let leader = place.leader.and_then(|leader| nodes.get(&leader));
-        let found = Whereabouts {
-            node: door.broker.node().0,
-            shard: place.shard.0,
-            leader: place.leader.map(|leader| leader.0),
-            leader_url: leader.map(|leader| leader.url.as_str()),
-            nodes: nodes
-                .iter()
-                .map(|(id, peer)| NodeUrl {
-                    id: id.0,
-                    url: &peer.url,
-                })
-                .collect(),
-        };
-        answer(StatusCode::OK, asked.format, &found)
-    });
+    let result = asked
+        .admit(&door, Operation::Subscribe, channel)
+        .map(|(_, key)| {
+            let place = door.broker.place(&key);
+            let nodes = door.broker.nodes();
+            let leader = place.leader.and_then(|leader| nodes.get(&leader));
+            let found = Whereabouts {
+                node: door.broker.node().0,
+                shard: place.shard.0,
+                leader: place.leader.map(|leader| leader.0),
+                leader_url: leader.map(|leader| leader.url.as_str()),
+                nodes: nodes
+                    .iter()
+                    .map(|(id, peer)| NodeUrl {
+                        id: id.0,
+                        url: &peer.url,
+                    })
+                    .collect(),
+            };
+            answer(StatusCode::OK, asked.format, &found)
+        });
     asked.finish(result)
 }
 
@@ -261,7 +275,9 @@ async fn store(door: &Door, asked: &Asked, channel: &str, body: Body) -> Result<
     let stored = PublishedBody {
         channel: channel.to_owned(),
         message_id: id,
-        serials: (0..admission.count).map(|n| serial.message(n).to_string()).collect(),
+        serials: (0..admission.count)
+            .map(|n| serial.message(n).to_string())
+            .collect(),
     };
     Ok(answer(StatusCode::CREATED, asked.format, &stored))
 }

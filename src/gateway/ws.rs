@@ -50,21 +50,28 @@ type Socket = WebSocketStream<TokioIo<Upgraded>>;
 struct Gone;
 
 pub(super) fn is_upgrade(headers: &HeaderMap) -> bool {
-    let upgrade = headers.get(header::UPGRADE).and_then(|value| value.to_str().ok());
+    let upgrade = headers
+        .get(header::UPGRADE)
+        .and_then(|value| value.to_str().ok());
     upgrade.is_some_and(|value| value.eq_ignore_ascii_case("websocket"))
 }
 
 /// Accepts the upgrade. Credentials are judged after it, in-band: a browser cannot read the answer to a failed one.
 pub(super) fn accept(door: Door, mut request: Request) -> Response<Body> {
     let key = request.headers().get(header::SEC_WEBSOCKET_KEY).cloned();
-    let version = request.headers().get(header::SEC_WEBSOCKET_VERSION).cloned();
+    let version = request
+        .headers()
+        .get(header::SEC_WEBSOCKET_VERSION)
+        .cloned();
     let (Some(key), Some(b"13")) = (key, version.as_ref().map(HeaderValue::as_bytes)) else {
         let what = "not a WebSocket handshake of version 13";
         return answer::failure(Format::Json, &ErrorInfo::new(ErrorCode::BadRequest, what));
     };
     let query = pairs(request.uri().query());
     let authorization = request.headers().get(header::AUTHORIZATION);
-    let authorization = authorization.and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let authorization = authorization
+        .and_then(|value| value.to_str().ok())
+        .map(str::to_owned);
     let upgrade = hyper::upgrade::on(&mut request);
     let tasks = door.tasks.clone();
     tasks.spawn("gateway.ws", OnError::Log, |token| async move {
@@ -101,7 +108,9 @@ async fn converse(
         .max_frame_size(Some(door.limits.max_frame_bytes));
     let io = TokioIo::new(upgraded);
     let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
-    let borrowed = query.iter().map(|(name, value)| (name.as_str(), value.as_str()));
+    let borrowed = query
+        .iter()
+        .map(|(name, value)| (name.as_str(), value.as_str()));
     let params = ConnectParams::from_query(borrowed);
     let format = params.as_ref().map_or(Format::Json, |params| params.format);
     let mut wire = Wire { socket, format };
@@ -146,7 +155,9 @@ fn open(
         capability: key.capability,
     };
     let keys = door.keys.connections()?;
-    let resumed = params.resume_key().map(|wanted| keys.verify(&identity.app, wanted));
+    let resumed = params
+        .resume_key()
+        .map(|wanted| keys.verify(&identity.app, wanted));
     let (connection_id, resume_failed) = match resumed {
         None => (super::random_id(), None),
         Some(Ok(connection_id)) => (connection_id, None),
@@ -312,7 +323,13 @@ impl Connection {
         self.wire.flush().await
     }
 
-    fn publish(&self, ticket: Ticket, channel: ChannelName, id: String, messages: &[ably::Message]) {
+    fn publish(
+        &self,
+        ticket: Ticket,
+        channel: ChannelName,
+        id: String,
+        messages: &[ably::Message],
+    ) {
         let app = self.app.clone();
         let publish = Publish {
             key: ChannelKey { app, name: channel },
@@ -405,7 +422,8 @@ impl Connection {
             Err(lost) => {
                 let channel = channel.clone();
                 let (at, error) = (lost.at, &lost.error);
-                self.session.handle_discontinuity(&channel, at, error, now_ms());
+                self.session
+                    .handle_discontinuity(&channel, at, error, now_ms());
                 return Ok(false);
             }
         };

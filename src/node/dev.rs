@@ -171,7 +171,9 @@ fn random_text(bytes: usize) -> anyhow::Result<String> {
     let mut random = vec![0; bytes];
     getrandom::fill(&mut random).map_err(|err| anyhow::anyhow!("no randomness: {err}"))?;
     let mut text = String::new();
-    random.iter().try_for_each(|byte| write!(text, "{byte:02x}"))?;
+    random
+        .iter()
+        .try_for_each(|byte| write!(text, "{byte:02x}"))?;
     Ok(text)
 }
 
@@ -192,7 +194,9 @@ fn plan(data: &Path, port: u16, nodes: u16) -> anyhow::Result<Vec<Plan>> {
             0 => (free.take()?, free.take()?, free.take()?),
             _ => {
                 let client = port.checked_add(at).context("--port is too high")?;
-                let admin = client.checked_add(ADMIN_ABOVE).context("--port is too high")?;
+                let admin = client
+                    .checked_add(ADMIN_ABOVE)
+                    .context("--port is too high")?;
                 let peer = client.checked_sub(PEER_BELOW).filter(|port| *port > 0);
                 (client, admin, peer.context("--port is too low")?)
             }
@@ -224,13 +228,21 @@ impl FreePorts {
 
     fn take(&mut self) -> anyhow::Result<u16> {
         for _ in FREE_PORTS {
-            self.0 = if self.0 + 1 < FREE_PORTS.end { self.0 + 1 } else { FREE_PORTS.start };
+            self.0 = if self.0 + 1 < FREE_PORTS.end {
+                self.0 + 1
+            } else {
+                FREE_PORTS.start
+            };
             let address = (Ipv4Addr::LOCALHOST, self.0);
             if TcpListener::bind(address).is_ok() && UdpSocket::bind(address).is_ok() {
                 return Ok(self.0);
             }
         }
-        bail!("no free port between {} and {}", FREE_PORTS.start, FREE_PORTS.end)
+        bail!(
+            "no free port between {} and {}",
+            FREE_PORTS.start,
+            FREE_PORTS.end
+        )
     }
 }
 
@@ -277,7 +289,10 @@ fn prepare(data: &Path, kept: &Kept, plans: &[Plan]) -> anyhow::Result<()> {
 }
 
 fn bootstrap(kept: &Kept) -> anyhow::Result<config::Bootstrap> {
-    let (id, secret) = kept.key.split_once(':').context("dev.toml: key: not `id:secret`")?;
+    let (id, secret) = kept
+        .key
+        .split_once(':')
+        .context("dev.toml: key: not `id:secret`")?;
     let key = config::Key {
         id: id.to_owned(),
         secret: secret.to_owned(),
@@ -308,7 +323,12 @@ fn bootstrap(kept: &Kept) -> anyhow::Result<config::Bootstrap> {
 
 fn command(program: &Path, plan: &Plan) -> Vec<String> {
     let text = |path: &Path| path.display().to_string();
-    vec![text(program), "serve".into(), "--config".into(), text(&plan.config)]
+    vec![
+        text(program),
+        "serve".into(),
+        "--config".into(),
+        text(&plan.config),
+    ]
 }
 
 /// A node's process. Waiting for a process closes its input, and the end of its input is a node's word to stop: so the
@@ -343,13 +363,23 @@ async fn wait_ready(plans: &[Plan], children: &mut BTreeMap<u64, Running>) -> an
     for plan in plans {
         while call::get(&plan.admin_url, "/health/ready").await.is_err() {
             for plan in plans {
-                let child = children.get_mut(&plan.id).context("every node was started")?;
+                let child = children
+                    .get_mut(&plan.id)
+                    .context("every node was started")?;
                 if let Some(status) = child.child.try_wait()? {
-                    bail!("node {} ended ({status}):\n{}", plan.id, last_lines(&plan.log));
+                    bail!(
+                        "node {} ended ({status}):\n{}",
+                        plan.id,
+                        last_lines(&plan.log)
+                    );
                 }
             }
             if tokio::time::Instant::now() > until {
-                bail!("node {} is not ready after a minute:\n{}", plan.id, last_lines(&plan.log));
+                bail!(
+                    "node {} is not ready after a minute:\n{}",
+                    plan.id,
+                    last_lines(&plan.log)
+                );
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -375,7 +405,10 @@ fn write_ready(
         id: plan.id,
         url: &plan.url,
         admin: &plan.admin_url,
-        pid: children.get(&plan.id).and_then(|node| node.child.id()).unwrap_or(0),
+        pid: children
+            .get(&plan.id)
+            .and_then(|node| node.child.id())
+            .unwrap_or(0),
         log: &plan.log,
         command: command(program, plan),
     });
@@ -390,15 +423,25 @@ fn write_ready(
 }
 
 fn greet(data: &Path, key: &str, plans: &[Plan], kept: &Kept) -> anyhow::Result<()> {
-    let mut text = format!("\n  Firth is running: {} nodes, 16 shards, mutual TLS between them.\n\n", plans.len());
+    let mut text = format!(
+        "\n  Firth is running: {} nodes, 16 shards, mutual TLS between them.\n\n",
+        plans.len()
+    );
     for plan in plans {
-        writeln!(text, "  node {}   clients {}   operators {}", plan.id, plan.url, plan.admin_url)?;
+        writeln!(
+            text,
+            "  node {}   clients {}   operators {}",
+            plan.id, plan.url, plan.admin_url
+        )?;
     }
     let last = plans.last().unwrap_or(&plans[0]);
     writeln!(text, "\n  API key  {key}")?;
     writeln!(text, "  Data     {}", data.display())?;
     if let Some(kafka) = &kept.kafka {
-        writeln!(text, "  Kafka    {kafka}: channel /topic/key is topic `topic`, key `key`, both ways")?;
+        writeln!(
+            text,
+            "  Kafka    {kafka}: channel /topic/key is topic `topic`, key `key`, both ways"
+        )?;
     }
     writeln!(text, "\n  Open these two pages and chat across nodes:")?;
     writeln!(text, "    {}/#key={key}", plans[0].url)?;
@@ -430,10 +473,16 @@ async fn supervise(
         };
         let (id, status) = ended;
         children.remove(&id);
-        let plan = plans.iter().find(|plan| plan.id == id).context("a node of the plan")?;
+        let plan = plans
+            .iter()
+            .find(|plan| plan.id == id)
+            .context("a node of the plan")?;
         let again = command(program, plan).join(" ");
         let log = plan.log.display();
-        let text = format!("  node {id} ended ({}); its log: {log}\n  start it again: {again}\n", status?);
+        let text = format!(
+            "  node {id} ended ({}); its log: {log}\n  start it again: {again}\n",
+            status?
+        );
         std::io::stdout().write_all(text.as_bytes())?;
     }
     Ok(())
@@ -445,7 +494,10 @@ async fn stop_children(children: &mut BTreeMap<u64, Running>) {
     }
     for (id, node) in children {
         let child = &mut node.child;
-        if tokio::time::timeout(STOP_PATIENCE, child.wait()).await.is_err() {
+        if tokio::time::timeout(STOP_PATIENCE, child.wait())
+            .await
+            .is_err()
+        {
             tracing::warn!(node = id, "did not stop in time and is killed");
             // It may have ended by itself meanwhile.
             let _ = child.kill().await;

@@ -71,7 +71,9 @@ pub(super) fn membership_out(membership: &Membership) -> peer::Membership {
 
 pub(super) fn membership_in(membership: peer::Membership) -> io::Result<Membership> {
     let configs = membership.configs.into_iter();
-    let configs: Vec<BTreeSet<u64>> = configs.map(|set| set.voters.into_iter().collect()).collect();
+    let configs: Vec<BTreeSet<u64>> = configs
+        .map(|set| set.voters.into_iter().collect())
+        .collect();
     let nodes = membership.nodes.into_iter();
     let nodes: BTreeMap<u64, EmptyNode> = nodes.map(|id| (id, EmptyNode::new())).collect();
     if configs.is_empty() {
@@ -186,5 +188,9 @@ pub(super) fn vote_response_out(response: &VoteResponse) -> Bytes {
 pub(super) fn vote_response_in(body: Bytes) -> io::Result<VoteResponse> {
     let response: peer::VoteResponse = decode(body)?;
     let last = response.last.as_ref().map(log_id_in);
-    Ok(VoteResponse::new(vote_in(response.vote)?, last, response.granted))
+    Ok(VoteResponse::new(
+        vote_in(response.vote)?,
+        last,
+        response.granted,
+    ))
 }

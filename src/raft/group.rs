@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{ClientWriteError, Fatal, InitializeError, LinearizableReadError, RaftError};
+use openraft::errors::{
+    ClientWriteError, Fatal, InitializeError, LinearizableReadError, RaftError,
+};
 use openraft::{Config, EmptyNode, ReadPolicy, ServerState, SnapshotPolicy};
 use tokio::sync::watch;
 
@@ -62,7 +64,9 @@ pub struct Group {
 
 impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Group").field("id", &self.id).finish_non_exhaustive()
+        f.debug_struct("Group")
+            .field("id", &self.id)
+            .finish_non_exhaustive()
     }
 }
 
@@ -114,7 +118,11 @@ impl Group {
     /// When the group has stopped.
     pub async fn initialize(&self, voters: &BTreeSet<NodeId>) -> Result<bool, Error> {
         let voters = voters.iter().map(|node| (node.0, EmptyNode::new()));
-        match self.raft.initialize(voters.collect::<BTreeMap<_, _>>()).await {
+        match self
+            .raft
+            .initialize(voters.collect::<BTreeMap<_, _>>())
+            .await
+        {
             Ok(()) => Ok(true),
             Err(RaftError::APIError(InitializeError::NotAllowed(_))) => Ok(false),
             Err(err) => Err(self.failed(&err)),
@@ -163,7 +171,11 @@ impl Group {
     pub fn is_caught_up(&self, node: NodeId) -> bool {
         let metrics = self.raft.metrics();
         let metrics = metrics.borrow_watched();
-        let Some(matching) = metrics.replication.as_ref().and_then(|all| all.get(&node.0)) else {
+        let Some(matching) = metrics
+            .replication
+            .as_ref()
+            .and_then(|all| all.get(&node.0))
+        else {
             return false;
         };
         matching.as_ref().map(|id| id.index) >= metrics.last_log_index
@@ -180,13 +192,20 @@ impl Group {
     ///
     /// # Errors
     /// When the log cannot be read or no longer reaches back to `first`.
-    pub fn read_log(&self, first: u64, last: u64, max_bytes: usize) -> io::Result<Vec<(u64, Option<Bytes>)>> {
+    pub fn read_log(
+        &self,
+        first: u64,
+        last: u64,
+        max_bytes: usize,
+    ) -> io::Result<Vec<(u64, Option<Bytes>)>> {
         if first > last {
             return Ok(Vec::new());
         }
         let entries = self.log.read(first..last + 1, max_bytes)?;
         let entries = entries.into_iter();
-        Ok(entries.map(|entry| (entry.id.index, normal_payload(entry))).collect())
+        Ok(entries
+            .map(|entry| (entry.id.index, normal_payload(entry)))
+            .collect())
     }
 
     /// Stops the group on this node.
@@ -239,32 +258,37 @@ fn config(id: GroupId, options: &Options) -> Config {
 fn follow_leadership(id: GroupId, raft: &Raft, tasks: &Tasks) -> watch::Receiver<Leadership> {
     let (leadership_tx, leadership) = watch::channel(Leadership::default());
     let mut metrics = raft.metrics();
-    tasks.spawn("raft.leadership", OnError::StopNode, move |token| async move {
-        loop {
-            let (now, state) = {
-                let seen = metrics.borrow_watched();
-                let leads = seen.state != ServerState::Leader || seen.current_leader == Some(seen.id);
-                let now = Leadership {
-                    leader: seen.current_leader.filter(|_| leads).map(NodeId),
-                    term: seen.current_term,
+    tasks.spawn(
+        "raft.leadership",
+        OnError::StopNode,
+        move |token| async move {
+            loop {
+                let (now, state) = {
+                    let seen = metrics.borrow_watched();
+                    let leads =
+                        seen.state != ServerState::Leader || seen.current_leader == Some(seen.id);
+                    let now = Leadership {
+                        leader: seen.current_leader.filter(|_| leads).map(NodeId),
+                        term: seen.current_term,
+                    };
+                    (now, seen.running_state.clone())
                 };
-                (now, seen.running_state.clone())
-            };
-            match state {
-                Ok(()) => {}
-                Err(Fatal::Stopped) => return Ok(()),
-                Err(err) => return Err(anyhow::anyhow!("{id}: {err}")),
+                match state {
+                    Ok(()) => {}
+                    Err(Fatal::Stopped) => return Ok(()),
+                    Err(err) => return Err(anyhow::anyhow!("{id}: {err}")),
+                }
+                leadership_tx.send_if_modified(|known| {
+                    let changed = *known != now;
+                    *known = now;
+                    changed
+                });
+                tokio::select! {
+                    () = token.cancelled() => return Ok(()),
+                    changed = metrics.changed() => if changed.is_err() { return Ok(()) },
+                }
             }
-            leadership_tx.send_if_modified(|known| {
-                let changed = *known != now;
-                *known = now;
-                changed
-            });
-            tokio::select! {
-                () = token.cancelled() => return Ok(()),
-                changed = metrics.changed() => if changed.is_err() { return Ok(()) },
-            }
-        }
-    });
+        },
+    );
     leadership
 }

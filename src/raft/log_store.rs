@@ -122,7 +122,10 @@ fn completion() -> (storage::Done, Saved) {
         // The waiter may be gone: its group was stopped.
         let _ = tx.send(result);
     });
-    let saved = async { rx.await.unwrap_or_else(|_| Err(io::Error::other("log is closed"))) };
+    let saved = async {
+        rx.await
+            .unwrap_or_else(|_| Err(io::Error::other("log is closed")))
+    };
     (done, Box::pin(saved))
 }
 

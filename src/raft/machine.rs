@@ -132,7 +132,9 @@ impl Inner {
     fn apply(&mut self, entry: crate::raft::Entry) -> io::Result<Response> {
         let index = entry.log_id.index;
         let response = match entry.payload {
-            EntryPayload::Normal(payload) => self.machine.apply(index, payload.0).map_err(invalid)?,
+            EntryPayload::Normal(payload) => {
+                self.machine.apply(index, payload.0).map_err(invalid)?
+            }
             EntryPayload::Blank => {
                 self.machine.skip(index);
                 Response::None

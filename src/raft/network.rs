@@ -6,7 +6,9 @@ use std::time::Duration;
 use bytes::Bytes;
 use openraft::errors::{NetworkError, RPCError, ReplicationClosed, StreamingError, Unreachable};
 use openraft::network::RPCOption;
-use openraft::raft::{SnapshotResponse, TransferLeaderError, TransferLeaderRequest, TransferLeaderResponse};
+use openraft::raft::{
+    SnapshotResponse, TransferLeaderError, TransferLeaderRequest, TransferLeaderResponse,
+};
 use openraft::{EmptyNode, RaftNetworkFactory, RaftNetworkV2};
 use prost::Message as _;
 
@@ -89,7 +91,9 @@ impl RaftNetworkV2<TypeConfig> for Client {
         option: RPCOption,
     ) -> Result<AppendResponse, RPCError<TypeConfig>> {
         let body = codec::append_out(&rpc);
-        let answer = self.call(Lane::Raft, APPEND, body, option.hard_ttl()).await?;
+        let answer = self
+            .call(Lane::Raft, APPEND, body, option.hard_ttl())
+            .await?;
         codec::append_response_in(answer).map_err(undecodable)
     }
 
@@ -109,7 +113,9 @@ impl RaftNetworkV2<TypeConfig> for Client {
         option: RPCOption,
     ) -> Result<VoteResponse, RPCError<TypeConfig>> {
         let body = codec::vote_request_out(&rpc);
-        let answer = self.call(Lane::Raft, PRE_VOTE, body, option.hard_ttl()).await?;
+        let answer = self
+            .call(Lane::Raft, PRE_VOTE, body, option.hard_ttl())
+            .await?;
         codec::vote_response_in(answer).map_err(undecodable)
     }
 
@@ -129,7 +135,9 @@ impl RaftNetworkV2<TypeConfig> for Client {
             answer = sent => answer?,
         };
         let response: peer::SnapshotResponse = codec::decode(answer).map_err(undecodable)?;
-        Ok(SnapshotResponse::new(vote_in(response.vote).map_err(undecodable)?))
+        Ok(SnapshotResponse::new(
+            vote_in(response.vote).map_err(undecodable)?,
+        ))
     }
 
     async fn transfer_leader(
@@ -143,7 +151,9 @@ impl RaftNetworkV2<TypeConfig> for Client {
             last: rpc.last_log_id().map(log_id_out),
         };
         let body = request.encode_to_vec().into();
-        let answer = self.call(Lane::Raft, TRANSFER, body, option.hard_ttl()).await?;
+        let answer = self
+            .call(Lane::Raft, TRANSFER, body, option.hard_ttl())
+            .await?;
         let response: peer::TransferResponse = codec::decode(answer).map_err(undecodable)?;
         if response.refused.is_empty() {
             return Ok(Ok(()));

@@ -89,7 +89,8 @@ async fn answer(raft: &Raft, service: Service, body: Bytes) -> Result<Bytes, Str
             Ok(codec::vote_response_out(&answer))
         }
         network::SNAPSHOT => {
-            let mut request: peer::SnapshotRequest = codec::decode(body).map_err(|err| text(&err))?;
+            let mut request: peer::SnapshotRequest =
+                codec::decode(body).map_err(|err| text(&err))?;
             let vote = vote_in(request.vote.take()).map_err(|err| text(&err))?;
             let (meta, snapshot) = snapshot_in(request).map_err(|err| text(&err))?;
             let snapshot = Snapshot { meta, snapshot };

@@ -31,7 +31,10 @@ impl Machine for Counter {
     }
 
     fn restore(&mut self, state: Bytes) -> Result<(), String> {
-        let bytes = state.as_ref().try_into().map_err(|_| "eight bytes".to_owned())?;
+        let bytes = state
+            .as_ref()
+            .try_into()
+            .map_err(|_| "eight bytes".to_owned())?;
         self.0 = u64::from_le_bytes(bytes);
         Ok(())
     }

@@ -9,12 +9,12 @@ use std::thread::{self, JoinHandle};
 
 use bytes::Bytes;
 
-use crate::storage::snapshot::SnapshotFile;
 use crate::storage::disk::{Disk, RealDisk};
 use crate::storage::frame::{Frame, Kind, PAYLOAD_MAX};
 use crate::storage::group::{Found, Group, State, invalid};
 use crate::storage::recover::{End, recover};
 use crate::storage::segment::Segment;
+use crate::storage::snapshot::SnapshotFile;
 use crate::storage::spares::Spares;
 use crate::storage::writer::{Record, Start, What, Writer};
 use crate::storage::{Done, Entry, Error, LogId, Options, Owner, identity, locked};

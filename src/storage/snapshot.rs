@@ -36,7 +36,8 @@ impl SnapshotFile {
         let temporary = format!("{}.tmp", self.name);
         let length = (snapshot.len() as u64).to_le_bytes();
         let version = checkpoint::VERSION.to_le_bytes();
-        let sum = crc32c::crc32c_append(crc32c::crc32c(&[&version[..], &length].concat()), snapshot);
+        let sum =
+            crc32c::crc32c_append(crc32c::crc32c(&[&version[..], &length].concat()), snapshot);
         let header = [&MAGIC[..], &sum.to_le_bytes(), &version, &length].concat();
         let file = self.disk.create(&temporary)?;
         file.write_at(&header, 0)?;
@@ -51,7 +52,7 @@ impl SnapshotFile {
     /// # Errors
     /// When it cannot be read, is damaged, or was written by a newer build; the error names the file.
     pub fn load(&self) -> io::Result<Option<Bytes>> {
-        if !self.disk.list()?.iter().any(|name| *name == self.name) {
+        if !self.disk.list()?.contains(&self.name) {
             return Ok(None);
         }
         let damaged = |what: &str| {
@@ -92,6 +93,11 @@ mod tests {
         assert_eq!(file.load().unwrap().as_deref(), Some(&b"two"[..]));
         let raw = disk.open("snapshot-0003").unwrap();
         raw.write_at(b"x", 25).unwrap();
-        assert!(file.load().unwrap_err().to_string().contains("snapshot-0003"));
+        assert!(
+            file.load()
+                .unwrap_err()
+                .to_string()
+                .contains("snapshot-0003")
+        );
     }
 }

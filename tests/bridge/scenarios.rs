@@ -62,6 +62,7 @@ fn by_key(read: &[Read]) -> BTreeMap<Option<String>, Vec<String>> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "a scenario is read in one piece")]
 async fn records_arrive_once_and_in_key_order_whoever_owns_them() {
     const KEYS: usize = 7;
     const RECORDS: usize = 3000;
@@ -153,12 +154,14 @@ async fn records_arrive_once_and_in_key_order_whoever_owns_them() {
     third_bridge.stop().await;
 }
 
+type KeyAndValue = (Option<&'static [u8]>, Option<&'static [u8]>);
+
 #[tokio::test(flavor = "multi_thread")]
 async fn values_of_every_kind_arrive_and_what_has_no_place_blocks_its_partition_only() {
     let kafka = kafka::shared();
     kafka.create_topic("kinds", 1);
     kafka.create_topic("kinds-bad", 1);
-    let records: [(Option<&[u8]>, Option<&[u8]>); 4] = [
+    let records: [KeyAndValue; 4] = [
         (Some(b"k"), Some(b"text")),
         (Some(b"k"), Some(&[0xff, 0x00])),
         (Some(b"k"), None),
@@ -220,6 +223,7 @@ async fn values_of_every_kind_arrive_and_what_has_no_place_blocks_its_partition_
 }
 
 #[tokio::test(flavor = "multi_thread")]
+#[expect(clippy::too_many_lines, reason = "a scenario is read in one piece")]
 async fn messages_leave_once_and_in_order_whoever_leads() {
     const CHANNELS: usize = 5;
     const MESSAGES: usize = 3000;
