@@ -112,7 +112,8 @@ impl Broker {
         Published::new(self.cluster.submit(shard, publish.into_entry(retention)))
     }
 
-    /// Records of a channel within `range`, at most `limit`. Shows everything acknowledged anywhere before the call.
+    /// Records of a channel within `range`, at most `limit`, and whether the page was cut before that for its size.
+    /// Shows everything acknowledged anywhere before the call.
     ///
     /// # Errors
     /// When no leader is reached in time, or the log cannot be read.
@@ -121,17 +122,18 @@ impl Broker {
         key: &ChannelKey,
         range: &Range,
         limit: usize,
-    ) -> Result<Vec<StoredRecord>, ErrorInfo> {
+    ) -> Result<(Vec<StoredRecord>, bool), ErrorInfo> {
         let shard = self.cluster.shard_of(key);
         self.cluster
             .catch_up(shard, READ_PATIENCE)
             .await
             .map_err(read_error)?;
         let refs = self.cluster.state(shard).range(key, range, limit);
-        let cluster = self.cluster.clone();
-        let read = tokio::task::spawn_blocking(move || cluster.read_records(shard, &refs)).await;
-        let records = read.map_err(|_| ErrorInfo::from(ErrorCode::Internal))?;
-        records.map_err(|err| read_error(err.into()))
+        let wanted = refs.len();
+        let records = self.cluster.read_records(shard, refs).await;
+        let records = records.map_err(|err| read_error(err.into()))?;
+        let cut = records.len() < wanted;
+        Ok((records, cut))
     }
 
     /// Follows a channel from after `from`; from the present where `None`, or where what follows it is gone.

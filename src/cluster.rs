@@ -20,10 +20,10 @@ pub use start::Parts;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::{Arc, RwLockReadGuard};
+use std::sync::{Arc, Mutex, RwLockReadGuard};
 use std::time::Duration;
 
-use tokio::sync::watch;
+use tokio::sync::{Semaphore, watch};
 
 use crate::channel::{RecordRef, Shard};
 use crate::cluster::lane::Lane;
@@ -95,7 +95,13 @@ struct Inner {
     control: Group,
     registry: watch::Receiver<Arc<Registry>>,
     shards: Vec<Replica>,
+    readers: Arc<Semaphore>,
+    /// Nodes that said they are stopping, and when.
+    leaving: Mutex<BTreeMap<NodeId, tokio::time::Instant>>,
 }
+
+/// Pages of the log read at a time.
+const READERS: usize = 16;
 
 /// One shard as this node holds it.
 #[derive(Debug)]
@@ -168,16 +174,26 @@ impl Cluster {
         self.replica(shard).applied.clone()
     }
 
-    /// Reads records from the log. May read the disk: call it where blocking is allowed.
+    /// Reads records from the log, in the order of `refs`: fewer when they are large, but at least one. Few readers at
+    /// a time hold pages of the log; others wait their turn.
     ///
     /// # Errors
     /// When the log is damaged or no longer reaches back that far.
-    pub fn read_records(
+    pub async fn read_records(
         &self,
         shard: ShardId,
-        refs: &[RecordRef],
+        refs: Vec<RecordRef>,
     ) -> io::Result<Vec<StoredRecord>> {
-        replica::read_records(&self.replica(shard).group, refs)
+        let stopping = |_| io::Error::other("the node is stopping");
+        let turn = self.0.readers.clone().acquire_owned().await;
+        let turn = turn.map_err(|err| io::Error::other(err.to_string()))?;
+        let cluster = self.clone();
+        let read = tokio::task::spawn_blocking(move || {
+            let records = replica::read_records(&cluster.replica(shard).group, &refs);
+            drop(turn);
+            records
+        });
+        read.await.map_err(stopping)?
     }
 
     /// Reads accepted records after log index `after`, about `max_bytes` of them. May read the disk.
@@ -233,3 +249,4 @@ impl Cluster {
 const READ_INDEX: transport::Service = transport::Service(17);
 const CONTROL: transport::Service = transport::Service(18);
 const ALIVE: transport::Service = transport::Service(19);
+const LEAVING_SERVICE: transport::Service = transport::Service(20);

@@ -11,11 +11,11 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
+use axum::{Extension, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::Broker;
@@ -24,6 +24,8 @@ use crate::gateway::live::Live;
 use crate::session::Limits;
 use crate::tasks::{OnError, Tasks};
 
+/// How long a client may leave what it was sent unacknowledged.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// How long a client may take to send a request's head.
 const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of a request's head.
@@ -124,11 +126,11 @@ impl Acceptor {
             };
             match accepted {
                 Ok((stream, _)) => {
-                    let router = self.router.clone();
+                    let permit = Permit(Arc::new(permit));
+                    let router = self.router.clone().layer(Extension(permit));
                     self.tasks
                         .spawn("gateway.http", OnError::Log, |token| async move {
                             serve(stream, router, token).await;
-                            drop(permit);
                             Ok(())
                         });
                 }
@@ -142,10 +144,18 @@ impl Acceptor {
     }
 }
 
+/// A connection's place among those at a time. A WebSocket takes it over from the request it began as.
+#[derive(Clone, Debug)]
+pub(crate) struct Permit(
+    #[expect(dead_code, reason = "held, never read")] Arc<OwnedSemaphorePermit>,
+);
+
 /// One TCP connection: requests one after another, until one of them becomes a WebSocket.
 async fn serve(stream: TcpStream, router: Router, token: CancellationToken) {
     // Small frames are latency; a socket that refuses is as good as closed.
     let _ = stream.set_nodelay(true);
+    // A client that vanished without a word is found out by what it does not acknowledge.
+    let _ = socket2::SockRef::from(&stream).set_tcp_user_timeout(Some(SILENCE_MAX));
     let mut http = hyper::server::conn::http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(HEAD_PATIENCE)

@@ -270,6 +270,18 @@ impl Session {
         }
     }
 
+    /// The client began a frame beyond [`Limits::max_frame_bytes`]; nothing after it can be read.
+    pub fn handle_too_large(&mut self, now_ms: u64) {
+        if !self.closed {
+            let what = format!(
+                "a frame is larger than {} bytes",
+                self.limits.max_frame_bytes
+            );
+            self.fail(&ErrorInfo::new(ErrorCode::MessageTooLarge, what), now_ms);
+            self.check_invariants();
+        }
+    }
+
     /// The outcome of an [`Effect::Publish`]: the serial of the record that holds the messages, the first
     /// one if this was a repetition.
     pub fn handle_published(

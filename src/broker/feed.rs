@@ -15,6 +15,8 @@ use crate::wire::{body, entry};
 
 /// Feeds are spread over this many locks.
 const STRIPES: usize = 64;
+/// What a record costs beside its body and the frames made of it, about.
+const RECORD_BYTES: usize = 1024;
 /// Bytes of recent records a feed keeps; a follower further behind reads the log.
 const TAIL_BYTES: usize = 512 * 1024;
 
@@ -28,13 +30,20 @@ pub struct Record {
 }
 
 impl Record {
-    fn new(at: RecordRef, publish: entry::Publish) -> Self {
+    /// The body is copied: as it comes, it is a slice that would keep its whole Raft entry in memory.
+    fn new(at: RecordRef, mut publish: entry::Publish) -> Self {
+        publish.body = Bytes::copy_from_slice(&publish.body);
         Self {
             at,
             publish,
             json: OnceLock::new(),
             msgpack: OnceLock::new(),
         }
+    }
+
+    /// Bytes it may hold once both frames are made, about.
+    fn cost(&self) -> usize {
+        RECORD_BYTES + 4 * self.publish.body.len()
     }
 
     /// The MESSAGE frame in this format. Empty when the stored body cannot be read: then it is logged, and there is
@@ -72,11 +81,11 @@ pub(super) struct Tail {
 
 impl Tail {
     fn push(&mut self, record: Arc<Record>) {
-        self.bytes += record.publish.body.len();
+        self.bytes += record.cost();
         self.records.push_back(record);
         while self.bytes > TAIL_BYTES && self.records.len() > 1 {
             let oldest = self.records.pop_front();
-            self.bytes -= oldest.map_or(0, |record| record.publish.body.len());
+            self.bytes -= oldest.map_or(0, |record| record.cost());
         }
     }
 
@@ -243,7 +252,11 @@ mod tests {
     fn a_tail_is_bounded_by_bytes() {
         let mut tail = Tail::default();
         for index in 1..100 {
-            tail.push(record(index, Some(index - 1), TAIL_BYTES / 4));
+            tail.push(record(
+                index,
+                Some(index - 1),
+                TAIL_BYTES / 16 - RECORD_BYTES / 4,
+            ));
         }
         assert_eq!(indexes(tail.after(at(95), 9)), Some(vec![96, 97, 98, 99]));
         assert_eq!(indexes(tail.after(at(94), 9)), None);

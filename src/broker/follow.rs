@@ -183,18 +183,15 @@ impl Follower {
             Ok(refs) => refs,
             Err(behind) => return Err(self.lose(&behind)),
         };
-        let cluster = self.cluster.clone();
-        let read = tokio::task::spawn_blocking(move || cluster.read_records(shard, &refs)).await;
-        match read {
-            Ok(Ok(records)) => {
+        match self.cluster.read_records(shard, refs).await {
+            Ok(records) => {
                 let records = records.into_iter().map(|stored| Arc::new(stored.into()));
                 Ok(records.collect())
             }
-            Ok(Err(err)) => {
+            Err(err) => {
                 tracing::error!(channel = %self.key, error = %err, "the log cannot be read");
                 Err(self.lose(&err))
             }
-            Err(_) => Err(self.lose(&"the node is stopping")),
         }
     }
 

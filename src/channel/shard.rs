@@ -134,14 +134,20 @@ impl Shard {
             return refused;
         }
         let digest = digest(&publish.id, &publish.connection_id);
-        let index = self.channels.entry(key.clone()).or_default();
+        let forgotten = self.forgotten;
+        let index = self.channels.entry(key.clone());
+        // A channel that was forgotten and comes back: its former records may be missed by a reader.
+        let index = index.or_insert_with(|| Index {
+            floor: forgotten,
+            ..Index::default()
+        });
         if let Some(first) = index.keys.get(&digest) {
             return Outcome::Duplicate(Some(*first));
         }
         if index.head.is_some() {
             self.timers.remove(&(index.next_change_ms(), key.clone()));
         }
-        let predecessor = index.head;
+        let predecessor = index.head.or(index.floor);
         let retention_ms = publish.retention_ms.max(millis(RETENTION_MIN));
         let expires_ms = self.clock_ms.saturating_add(retention_ms);
         index.forget_ms = expires_ms.saturating_add(millis(FORGET_AFTER));

@@ -172,6 +172,20 @@ fn an_empty_channel_still_knows_where_it_ended_and_is_forgotten_in_the_end() {
         "a serial that old proves nothing"
     );
     assert!(shard.after(&key("a"), at(1, 0), 9).is_ok());
+    apply(
+        &mut shard,
+        4,
+        3 * MINUTE + 86_400_001,
+        vec![publish("a", "y")],
+    );
+    let behind = shard.after(&key("a"), at(0, 0), 9);
+    assert_eq!(
+        behind,
+        Err(Behind { floor: at(1, 0) }),
+        "coming back hides nothing"
+    );
+    let found = shard.after(&key("a"), at(1, 0), 9).unwrap();
+    assert_eq!(found[0].predecessor, Some(at(1, 0)));
 }
 
 #[test]

@@ -1,7 +1,5 @@
 //! A shard's replica on this node: its replicated state, for readers, and the events it gives off.
 
-use std::collections::BTreeMap;
-use std::collections::btree_map::Entry;
 use std::io;
 use std::sync::{Arc, RwLock, RwLockReadGuard};
 
@@ -111,23 +109,33 @@ pub struct ShardPage {
     pub through: u64,
 }
 
-/// Reads the publishes at `refs` from the log, in the order of `refs`.
+/// Bodies read at a time; a page ends after the record that passes it.
+const PAGE_BYTES: usize = 2 << 20;
+
+/// Reads the publishes at `refs` from the log, in the order of `refs`; fewer when they are large, but at least one.
+/// Bodies are copied: what a reader keeps must not keep whole entries.
 pub(super) fn read_records(group: &Group, refs: &[RecordRef]) -> io::Result<Vec<StoredRecord>> {
-    let mut entries: BTreeMap<u64, entry::Entry> = BTreeMap::new();
+    let mut current: Option<(u64, entry::Entry)> = None;
     let mut records = Vec::with_capacity(refs.len());
+    let mut bytes = 0;
     for at in refs {
         let index = at.serial.index;
-        let publishes = match entries.entry(index) {
-            Entry::Occupied(read) => &read.into_mut().publishes,
-            Entry::Vacant(unread) => {
+        let entry = match current.take() {
+            Some((read, entry)) if read == index => entry,
+            _ => {
                 let read = group.read_log(index, index, usize::MAX)?.pop();
-                let payload = read.and_then(|(_, payload)| payload);
-                &unread.insert(decode(index, payload)?).publishes
+                decode(index, read.and_then(|(_, payload)| payload))?
             }
         };
-        let publish = publishes.get(usize::from(at.serial.position));
-        let publish = publish.cloned().ok_or_else(|| missing(index))?;
+        let publish = entry.publishes.get(usize::from(at.serial.position));
+        let mut publish = publish.cloned().ok_or_else(|| missing(index))?;
+        publish.body = Bytes::copy_from_slice(&publish.body);
+        bytes += publish.body.len();
         records.push(StoredRecord { at: *at, publish });
+        current = Some((index, entry));
+        if bytes > PAGE_BYTES {
+            break;
+        }
     }
     Ok(records)
 }

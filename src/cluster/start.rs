@@ -9,14 +9,17 @@ use crate::cluster::lane::{Lane, Ways};
 use crate::cluster::proposer::Proposer;
 use crate::cluster::registry::ControlMachine;
 use crate::cluster::replica::{EventSink, ShardMachine, State};
-use crate::cluster::{Cluster, Error, Inner, Options, Replica, balance, control};
+use crate::cluster::{Cluster, Error, Inner, Options, READERS, Replica, balance, control};
 use crate::raft::{Group, Host, Machine};
-use crate::stdx::ByteBudget;
+use crate::stdx::{ByteBudget, stable_hash};
 use crate::tasks::{OnError, Tasks};
 use crate::types::{GroupId, NodeId, ShardId};
 
-/// Bumped when a cluster is restored from a backup, so that no serial repeats.
-const INCARNATION: u16 = 1;
+/// What serials of this cluster begin with: another cluster's, kept by a client that was sent here, prove nothing.
+fn incarnation(cluster_id: &str) -> u16 {
+    let [.., high, low] = stable_hash(&[cluster_id.as_bytes()]).to_be_bytes();
+    u16::from_be_bytes([high, low])
+}
 
 /// How often a node that is catching up at its start says so.
 const CATCH_UP_REPORT: Duration = Duration::from_secs(5);
@@ -68,6 +71,8 @@ impl Cluster {
             control,
             registry,
             shards,
+            leaving: std::sync::Mutex::default(),
+            readers: Arc::new(tokio::sync::Semaphore::new(READERS)),
         }));
         control::start(&cluster, tasks);
         balance::start(&cluster, tasks);
@@ -147,7 +152,7 @@ impl Starter<'_> {
     }
 
     async fn shard(&self, shard: ShardId) -> Result<(Replica, Proposer), Error> {
-        let state = State::new(INCARNATION);
+        let state = State::new(incarnation(&self.options.bootstrap.cluster_id));
         let (machine, applied) = ShardMachine::new(shard, state.clone(), self.parts.sink.clone());
         let group = self
             .group(GroupId::of_shard(shard), Box::new(machine))

@@ -108,7 +108,7 @@ impl Query {
     /// When the broker cannot answer.
     pub(super) async fn page(&self, broker: &Broker, key: &ChannelKey) -> Result<Page, ErrorInfo> {
         // The cursor's own record may be spent, and one message more tells whether there is a next page.
-        let records = broker.history(key, &self.range(), self.limit + 2).await?;
+        let (records, cut) = broker.history(key, &self.range(), self.limit + 2).await?;
         let mut messages: Vec<(MessageSerial, Message)> = Vec::new();
         for record in records {
             let serial = record.at.serial;
@@ -127,7 +127,7 @@ impl Query {
                 break;
             }
         }
-        let more = messages.len() > self.limit;
+        let more = messages.len() > self.limit || cut;
         messages.truncate(self.limit);
         let last = messages.last().map(|(serial, _)| *serial).filter(|_| more);
         Ok(Page {

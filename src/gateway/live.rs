@@ -6,13 +6,20 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use tokio_util::sync::CancellationToken;
 
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Live(Arc<Mutex<HashMap<String, CancellationToken>>>);
+pub(crate) struct Live(Arc<Mutex<Seats>>);
+
+#[derive(Debug, Default)]
+struct Seats {
+    taken: HashMap<String, (u64, CancellationToken)>,
+    next: u64,
+}
 
 /// A connection's place among the live ones, for as long as its socket has it.
 #[derive(Debug)]
 pub(crate) struct Seat {
     live: Live,
     connection_id: String,
+    number: u64,
     superseded: CancellationToken,
 }
 
@@ -20,20 +27,25 @@ impl Live {
     /// Takes the connection's place. Who had it before learns that it was superseded.
     pub(crate) fn take(&self, connection_id: &str) -> Seat {
         let superseded = CancellationToken::new();
-        let former = self
-            .lock()
-            .insert(connection_id.to_owned(), superseded.clone());
-        if let Some(former) = former {
+        let (number, former) = {
+            let mut seats = self.lock();
+            seats.next += 1;
+            let number = seats.next;
+            let seat = (number, superseded.clone());
+            (number, seats.taken.insert(connection_id.to_owned(), seat))
+        };
+        if let Some((_, former)) = former {
             former.cancel();
         }
         Seat {
             live: self.clone(),
             connection_id: connection_id.to_owned(),
+            number,
             superseded,
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, CancellationToken>> {
+    fn lock(&self) -> MutexGuard<'_, Seats> {
         self.0.lock().unwrap_or_else(|err| err.into_inner())
     }
 }
@@ -48,8 +60,10 @@ impl Seat {
 impl Drop for Seat {
     fn drop(&mut self) {
         // Whoever superseded this one keeps the place.
-        if !self.superseded.is_cancelled() {
-            self.live.lock().remove(&self.connection_id);
+        let mut seats = self.live.lock();
+        let holder = seats.taken.get(&self.connection_id);
+        if holder.is_some_and(|(number, _)| *number == self.number) {
+            seats.taken.remove(&self.connection_id);
         }
     }
 }
@@ -65,8 +79,8 @@ mod tests {
         let second = live.take("c");
         assert!(first.superseded.is_cancelled());
         drop(first);
-        assert_eq!(live.lock().len(), 1);
+        assert_eq!(live.lock().taken.len(), 1);
         drop(second);
-        assert!(live.lock().is_empty());
+        assert!(live.lock().taken.is_empty());
     }
 }

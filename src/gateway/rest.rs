@@ -21,6 +21,9 @@ use crate::wire::body::encode_body;
 /// The page that lets two tabs talk through the cluster.
 const PAGE: &str = include_str!("page.html");
 
+/// How long a request's body may take.
+const BODY_PATIENCE: std::time::Duration = std::time::Duration::from_secs(10);
+
 type Answer = Response<Body>;
 pub(super) type Pairs = Vec<(String, String)>;
 
@@ -253,7 +256,9 @@ async fn publish(
 
 async fn store(door: &Door, asked: &Asked, channel: &str, body: Body) -> Result<Answer, ErrorInfo> {
     let (identity, key) = asked.admit(door, Operation::Publish, channel)?;
-    let bytes = axum::body::to_bytes(body, door.limits.max_frame_bytes).await;
+    let bytes = axum::body::to_bytes(body, door.limits.max_frame_bytes);
+    let bytes = tokio::time::timeout(BODY_PATIENCE, bytes).await;
+    let bytes = bytes.map_err(|_| ErrorInfo::new(ErrorCode::BadRequest, "body came too slowly"))?;
     let bytes = bytes.map_err(|_| {
         let what = format!("body is larger than {} bytes", door.limits.max_frame_bytes);
         ErrorInfo::new(ErrorCode::MessageTooLarge, what)

@@ -16,17 +16,17 @@ use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use tokio::time::Instant;
 use tokio_tungstenite::WebSocketStream;
-use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tokio_tungstenite::tungstenite::protocol::frame::CloseFrame;
 use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
+use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::{ClientId, Credential, Identity};
 use crate::broker::{self, Follower, Publish, PublishError, Waker};
 use crate::gateway::live::Seat;
 use crate::gateway::rest::{Pairs, find, pairs};
-use crate::gateway::{Door, answer};
+use crate::gateway::{Door, Permit, answer};
 use crate::session::{
     AttachOutcome, ConnectParams, Continuity, Effect, Opening, Session, Ticket, refusal,
 };
@@ -43,6 +43,9 @@ const WRITE_BUFFER: usize = 16 * 1024;
 const POLL_RECORDS: usize = 64;
 /// A client that takes nothing for so long is gone.
 const WRITE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// How long a closing client may take to answer.
+const FAREWELL: Duration = Duration::from_secs(2);
 
 type Socket = WebSocketStream<TokioIo<Upgraded>>;
 
@@ -73,6 +76,7 @@ pub(super) fn accept(door: Door, mut request: Request) -> Response<Body> {
         .and_then(|value| value.to_str().ok())
         .map(str::to_owned);
     let upgrade = hyper::upgrade::on(&mut request);
+    let permit = request.extensions().get::<Permit>().cloned();
     let tasks = door.tasks.clone();
     tasks.spawn("gateway.ws", OnError::Log, |token| async move {
         // A client that changed its mind.
@@ -80,6 +84,7 @@ pub(super) fn accept(door: Door, mut request: Request) -> Response<Body> {
             return Ok(());
         };
         Box::pin(converse(door, upgraded, query, authorization, token)).await;
+        drop(permit);
         Ok(())
     });
     let mut response = Response::new(Body::empty());
@@ -134,6 +139,7 @@ async fn converse(
         slots: HashMap::new(),
         next_slot: 0,
         publishes: FuturesUnordered::new(),
+        unfinished: Vec::new(),
     };
     connection.run(seat, token).await;
 }
@@ -207,7 +213,13 @@ impl Wire {
             reason: "".into(),
         };
         // The client may be gone already.
-        let _ = in_time(self.socket.close(Some(frame))).await;
+        if in_time(self.socket.close(Some(frame))).await.is_err() {
+            return;
+        }
+        // A socket that is closed with unread input resets the connection, and the client may never see the last frames:
+        // so what still comes is read until the client closes too.
+        let rest = async { while let Some(Ok(_)) = self.socket.next().await {} };
+        let _ = tokio::time::timeout(FAREWELL, rest).await;
     }
 }
 
@@ -239,6 +251,8 @@ struct Connection {
     next_slot: u32,
     /// Bounded by the session's limit on unanswered publishes.
     publishes: FuturesUnordered<Publishing>,
+    /// Slots of followers that had more than their share, to go on with when everything else had its turn.
+    unfinished: Vec<u32>,
 }
 
 impl Connection {
@@ -251,6 +265,10 @@ impl Connection {
                 // Unread frames wait in the client's socket: that is what slows a fast publisher down.
                 received = self.wire.socket.next(), if has_room => self.on_received(received),
                 slots = self.waker.ready() => self.on_ready(slots).await,
+                () = std::future::ready(()), if !self.unfinished.is_empty() => {
+                    let slots = std::mem::take(&mut self.unfinished);
+                    self.on_ready(slots).await
+                }
                 Some((ticket, outcome)) = self.publishes.next(), if !self.publishes.is_empty() => {
                     self.session.handle_published(ticket, outcome, now_ms());
                     Ok(())
@@ -272,11 +290,18 @@ impl Connection {
         }
     }
 
-    fn on_received<E>(&mut self, received: Option<Result<Message, E>>) -> Result<(), Gone> {
+    fn on_received(
+        &mut self,
+        received: Option<Result<Message, tungstenite::Error>>,
+    ) -> Result<(), Gone> {
         let bytes: Bytes = match received {
             Some(Ok(Message::Text(text))) => text.into(),
             Some(Ok(Message::Binary(bytes))) => bytes,
             Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => return Ok(()),
+            Some(Err(tungstenite::Error::Capacity(_))) => {
+                self.session.handle_too_large(now_ms());
+                return Ok(());
+            }
             Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Gone),
         };
         match ably::decode(self.wire.format, &bytes) {
@@ -390,20 +415,14 @@ impl Connection {
         AttachOutcome { at, continuity }
     }
 
-    /// Sends what the woken followers find, a share of each in turn until none has more.
-    async fn on_ready(&mut self, mut slots: Vec<u32>) -> Result<(), Gone> {
-        while !slots.is_empty() {
-            let mut again = Vec::new();
-            for slot in slots {
-                if self.send_records(slot).await? {
-                    again.push(slot);
-                }
+    /// Sends a share of what each woken follower finds; whoever has more goes on when everything else had its turn.
+    async fn on_ready(&mut self, slots: Vec<u32>) -> Result<(), Gone> {
+        for slot in slots {
+            if self.send_records(slot).await? {
+                self.unfinished.push(slot);
             }
-            self.wire.flush().await?;
-            slots = again;
         }
-        self.session.handle_sent(now_ms());
-        Ok(())
+        self.wire.flush().await
     }
 
     /// Whether the follower may have more at once.
@@ -427,12 +446,13 @@ impl Connection {
                 return Ok(false);
             }
         };
-        let connection_id = self.session.connection_id();
+        let connection_id = self.session.connection_id().to_owned();
         for record in polled.records {
             let own = record.publish.connection_id == connection_id;
             let frame = record.frame(self.wire.format);
             if (attachment.echo || !own) && !frame.is_empty() {
                 self.wire.send_bytes(frame.clone()).await?;
+                self.session.handle_sent(now_ms());
             }
         }
         Ok(polled.more)
