@@ -14,12 +14,11 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::channel::Range;
-pub use crate::cluster::Registry;
 use crate::cluster::{
-    BridgeState, Cluster, CommandError, Peer, ReadError, ShardPage, StoredRecord,
+    BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
 };
-use crate::types::{ChannelKey, ErrorCode, ErrorInfo, NodeId, Serial, ShardId};
+use crate::tasks::{OnError, Tasks};
+use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Leadership, NodeId, Range, Serial, ShardId};
 use crate::wire::control;
 
 /// How long a read waits for a leader and for this node's replica.
@@ -167,9 +166,41 @@ impl Broker {
 
 /// What only the bridge asks for.
 impl Broker {
+    /// A view of the registry that changes only when what it shows does.
+    pub fn view<T>(
+        &self,
+        tasks: &Tasks,
+        show: impl Fn(&Registry) -> T + Send + 'static,
+    ) -> watch::Receiver<Arc<T>>
+    where
+        T: PartialEq + Send + Sync + 'static,
+    {
+        let mut registry = self.cluster.registry();
+        let first = Arc::new(show(&registry.borrow_and_update()));
+        let (view_tx, view) = watch::channel(first);
+        tasks.spawn("broker.view", OnError::StopNode, |token| async move {
+            loop {
+                tokio::select! {
+                    () = token.cancelled() => return Ok(()),
+                    () = view_tx.closed() => return Ok(()),
+                    changed = registry.changed() => changed?,
+                }
+                let now = show(&registry.borrow_and_update());
+                view_tx.send_if_modified(|shown| {
+                    let changed = **shown != now;
+                    if changed {
+                        *shown = Arc::new(now);
+                    }
+                    changed
+                });
+            }
+        });
+        view
+    }
+
     /// Who leads a shard, as it changes.
     #[must_use]
-    pub fn leadership(&self, shard: ShardId) -> watch::Receiver<crate::cluster::Leadership> {
+    pub fn leadership(&self, shard: ShardId) -> watch::Receiver<Leadership> {
         self.cluster.leadership(shard)
     }
 

@@ -9,7 +9,7 @@ mod shard;
 mod tests;
 
 pub use checkpoint::InvalidCheckpoint;
-pub use index::{Behind, Range, RecordRef};
+pub use index::{Behind, RecordRef};
 pub use shard::{Applied, Error, Event, Outcome, Shard};
 
 use std::time::Duration;

@@ -12,7 +12,6 @@ mod registry;
 mod replica;
 mod start;
 
-pub use crate::raft::Leadership;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
@@ -32,7 +31,7 @@ use crate::cluster::replica::State;
 use crate::placement;
 use crate::raft::{self, Group};
 use crate::transport::{self, Transport};
-use crate::types::{ChannelKey, GroupId, NodeId, ShardId};
+use crate::types::{ChannelKey, GroupId, Leadership, NodeId, ShardId};
 use crate::wire::{control as wire, entry};
 
 /// What is known of a node without asking it.

@@ -15,6 +15,7 @@ use crate::broker::{Broker, Hub};
 use crate::cluster::{self, Cluster};
 use crate::config::Config;
 use crate::gateway::Gateway;
+use crate::raft::Host;
 use crate::storage::Log;
 use crate::tasks::Tasks;
 use crate::telemetry;
@@ -110,8 +111,7 @@ impl Node {
             Transport::start(config.transport, root).context("cannot reach other nodes")?;
         let hub = Arc::new(Hub::default());
         let parts = cluster::Parts {
-            log: log.clone(),
-            transport,
+            host: Host::new(node, log.clone(), transport),
             sink: hub.clone(),
         };
         let cluster = Cluster::start(config.cluster, parts, root).await?;

@@ -4,6 +4,7 @@
 
 mod codec;
 mod group;
+mod host;
 mod log_store;
 mod machine;
 mod network;
@@ -11,9 +12,9 @@ mod server;
 #[cfg(test)]
 mod tests;
 
-pub use group::{Error, Group, Leadership, Parts, ProposeError};
+pub use group::{Error, Group, ProposeError};
+pub use host::Host;
 pub use machine::{Machine, Response};
-pub use server::Server;
 
 use std::fmt;
 use std::time::Duration;

@@ -4,10 +4,14 @@
 
 mod error;
 mod ids;
+mod leadership;
 mod name;
+mod range;
 mod serial;
 
 pub use error::{ErrorCode, ErrorInfo, Retry};
 pub use ids::{AppId, GroupId, NodeId, ParseIdError, ShardId};
+pub use leadership::Leadership;
 pub use name::{ChannelKey, ChannelName, InvalidChannelName};
+pub use range::Range;
 pub use serial::{InvalidSerial, MessageSerial, Serial};

@@ -52,8 +52,9 @@ const ROOMS: &[Room] = &[
     // The command-line client speaks the public protocol only, so it may see nothing of the broker.
     room("client",    &["tasks", "wire", "types", "stdx"]),
     room("admin",     &["bridge", "broker", "cluster", "tasks", "auth", "wire", "types", "stdx"]),
+    // config also fills in what pure rooms take: limits of `session`, capabilities of `auth`, the birth in `wire`.
     room("config",    &["admin", "bridge", "gateway", "broker", "cluster", "raft", "transport", "storage",
-                        "telemetry", "types", "stdx"]),
+                        "telemetry", "session", "auth", "wire", "types", "stdx"]),
     room("node",      &["config", "admin", "bridge", "gateway", "broker", "cluster", "raft", "transport", "storage",
                         "placement", "channel", "wire", "auth", "telemetry", "tasks", "types", "stdx"]),
 ];

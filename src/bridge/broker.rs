@@ -32,32 +32,6 @@ impl Below {
             cluster_id,
         }
     }
-
-    /// A view of the registry that changes only when what it shows does.
-    fn view<T>(
-        &self,
-        show: impl Fn(&broker::Registry) -> T + Send + 'static,
-    ) -> watch::Receiver<Arc<T>>
-    where
-        T: PartialEq + Send + Sync + 'static,
-    {
-        let mut registry = self.broker.registry();
-        let first = Arc::new(show(&registry.borrow_and_update()));
-        let (view_tx, view) = watch::channel(first);
-        self.tasks
-            .spawn("bridge.view", OnError::StopNode, |token| async move {
-                loop {
-                    tokio::select! {
-                        () = token.cancelled() => return Ok(()),
-                        () = view_tx.closed() => return Ok(()),
-                        changed = registry.changed() => changed?,
-                    }
-                    let now = show(&registry.borrow_and_update());
-                    replace_if_other(&view_tx, now);
-                }
-            });
-        view
-    }
 }
 
 fn replace_if_other<T: PartialEq>(view_tx: &watch::Sender<Arc<T>>, now: T) {
@@ -76,7 +50,7 @@ impl Upstream for Below {
     }
 
     fn bridges(&self) -> watch::Receiver<Arc<Vec<control::Bridge>>> {
-        self.view(|registry| {
+        self.broker.view(&self.tasks, |registry| {
             let bootstrap = registry.bootstrap.as_ref();
             bootstrap.map_or_else(Vec::new, |bootstrap| bootstrap.bridges.clone())
         })
@@ -84,7 +58,7 @@ impl Upstream for Below {
 
     fn slots(&self, bridge: &str) -> watch::Receiver<Arc<BTreeMap<u32, u64>>> {
         let (bridge, node) = (bridge.to_owned(), self.broker.node());
-        self.view(move |registry| {
+        self.broker.view(&self.tasks, move |registry| {
             let slots = registry
                 .bridges
                 .get(&bridge)

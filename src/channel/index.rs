@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use crate::types::Serial;
+use crate::types::{Range, Serial};
 
 /// First 16 bytes of the SHA-256 of an idempotency key behind a byte that tells its kind.
 pub(super) type KeyDigest = [u8; 16];
@@ -17,27 +17,6 @@ pub struct RecordRef {
     pub stamp_ms: u64,
     /// Messages in the record.
     pub count: u32,
-}
-
-/// Which records of a channel to read: serials and stamps inclusive at both ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
-    pub from: Option<Serial>,
-    pub to: Option<Serial>,
-    pub start_ms: u64,
-    pub end_ms: u64,
-    pub newest_first: bool,
-}
-
-impl Range {
-    /// Everything retained, newest first.
-    pub const ALL: Self = Self {
-        from: None,
-        to: None,
-        start_ms: 0,
-        end_ms: u64::MAX,
-        newest_first: true,
-    };
 }
 
 /// The reader's cursor lies before the oldest record that can still be read.

@@ -5,9 +5,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use bytes::Bytes;
 use prost::Message as _;
 
-use crate::channel::index::{Behind, Held, Index, KeyDigest, Range, RecordRef};
+use crate::channel::index::{Behind, Held, Index, KeyDigest, RecordRef};
 use crate::channel::{FORGET_AFTER, RETENTION_MIN};
-use crate::types::{ChannelKey, ChannelName, Serial};
+use crate::types::{ChannelKey, ChannelName, Range, Serial};
 use crate::wire::entry;
 
 /// A committed entry that this build cannot apply. The replica must stop: going on would make it differ.

@@ -5,7 +5,7 @@ use proptest::prelude::*;
 use prost::Message as _;
 
 use super::*;
-use crate::types::{ChannelKey, ChannelName, Serial};
+use crate::types::{ChannelKey, ChannelName, Range, Serial};
 use crate::wire::entry;
 
 fn key(name: &str) -> ChannelKey {

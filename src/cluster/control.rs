@@ -163,7 +163,10 @@ impl Cluster {
             let answer = match leader {
                 None => None,
                 Some(leader) if leader == self.node() => {
-                    self.propose_here(entry.clone()).await.ok()
+                    let proposed = self.propose_here(entry.clone());
+                    // Cut off from its majority, a leader would wait for ever.
+                    let proposed = tokio::time::timeout_at(until, proposed).await;
+                    proposed.ok().and_then(Result::ok)
                 }
                 Some(leader) => self.ask_command(leader, entry.clone()).await,
             };

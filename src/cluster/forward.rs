@@ -15,43 +15,55 @@ use crate::wire::{entry, peer};
 /// Service number on the wire, for ever.
 const FORWARD: Service = Service(16);
 
-/// An open stream to a leader.
-pub(super) struct Stream {
+/// Opens a stream to a leader.
+pub(super) async fn open(
+    transport: &Transport,
+    leader: NodeId,
+    group: GroupId,
+) -> Result<(Outward, Inward), CallError> {
+    let (frame_tx, frame_rx) = transport.open(leader, Lane::Bulk, FORWARD, group).await?;
+    let outward = Outward {
+        frame_tx,
+        packed: 0,
+    };
+    let inward = Inward {
+        frame_rx,
+        answered: 0,
+    };
+    Ok((outward, inward))
+}
+
+/// The sending half of a stream to a leader.
+pub(super) struct Outward {
     frame_tx: FrameTx,
+    packed: u64,
+}
+
+impl Outward {
+    /// Makes the stream's next frame. Frames must be sent in the order they were packed.
+    pub(super) fn pack(&mut self, publishes: &[entry::Publish]) -> Bytes {
+        let frame = request(self.packed, publishes);
+        self.packed += publishes.len() as u64;
+        frame
+    }
+
+    /// Cancel-safe: the frame is queued whole or not at all.
+    pub(super) async fn send(&mut self, frame: Bytes) -> Result<(), Broken> {
+        self.frame_tx.send(frame).await.map_err(|_| Broken)
+    }
+}
+
+/// The receiving half of a stream to a leader.
+pub(super) struct Inward {
     frame_rx: FrameRx,
-    sent: u64,
     answered: u64,
 }
 
-impl Stream {
-    pub(super) async fn open(
-        transport: &Transport,
-        leader: NodeId,
-        group: GroupId,
-    ) -> Result<Self, CallError> {
-        let (frame_tx, frame_rx) = transport.open(leader, Lane::Bulk, FORWARD, group).await?;
-        Ok(Self {
-            frame_tx,
-            frame_rx,
-            sent: 0,
-            answered: 0,
-        })
-    }
-
-    pub(super) async fn send(&mut self, publishes: &[entry::Publish]) -> Result<(), Broken> {
-        let frame = request(self.sent, publishes);
-        self.sent += publishes.len() as u64;
-        self.frame_tx.send(frame).await.map_err(|_| Broken)
-    }
-
+impl Inward {
     /// The next outcomes, in the order sent. Cancel-safe.
     pub(super) async fn answer(&mut self) -> Answer {
-        let frame = self
-            .frame_rx
-            .next()
-            .await
-            .and_then(Result::ok)
-            .ok_or(Broken)?;
+        let frame = self.frame_rx.next().await;
+        let frame = frame.and_then(Result::ok).ok_or(Broken)?;
         let outcomes = answers_in(frame, self.answered).ok_or(Broken)?;
         self.answered += outcomes.len() as u64;
         Ok(outcomes)

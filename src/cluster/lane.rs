@@ -7,24 +7,27 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
+use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::channel::Outcome;
-use crate::cluster::forward::Stream;
+use crate::cluster::forward::{self, Inward, Outward};
 use crate::cluster::proposer::{Answer, Broken, Proposer, Session};
-use crate::raft::Leadership;
 use crate::stdx::{Backoff, ByteBudget, ByteGrant};
 use crate::transport::Transport;
-use crate::types::{ChannelKey, ChannelName, GroupId, NodeId};
+use crate::types::{ChannelKey, ChannelName, GroupId, Leadership, NodeId};
 use crate::wire::entry;
 
 /// How long a publish waits for an outcome. Longer than an election, shorter than a client's patience.
 const PATIENCE: Duration = Duration::from_secs(12);
 /// Bytes sent at a time.
 const CHUNK_BYTES: usize = 256 * 1024;
+
+/// What a waiting publish costs beside its encoded form, about.
+const PENDING_BYTES: usize = 300;
 
 /// Why a publish was not answered with an outcome.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -73,7 +76,7 @@ impl Lane {
 
     /// Takes a publish in; the order of calls is the order in the log.
     pub(super) fn submit(&self, publish: entry::Publish) -> Result<Submitted, SubmitError> {
-        let bytes = publish.encoded_len();
+        let bytes = publish.encoded_len() + PENDING_BYTES;
         let grant = self.budget.try_take(bytes).ok_or(SubmitError::Busy)?;
         let (reply_tx, reply_rx) = oneshot::channel();
         let pending = Pending {
@@ -99,39 +102,83 @@ pub(super) struct Ways {
     pub(super) transport: Transport,
 }
 
-/// An open session with a leader.
-enum Way {
-    Here(Session, mpsc::UnboundedReceiver<Answer>),
-    There(Stream),
+/// An open session with a leader. Its halves are apart so that one can be waited for while the other is.
+struct Way {
+    out: Out,
+    back: Back,
+}
+
+enum Out {
+    Here(Session),
+    There(Outward),
+}
+
+enum Back {
+    Here(mpsc::UnboundedReceiver<Answer>),
+    There(Inward),
+}
+
+/// Publishes on their way out, in the form the way wants.
+enum Chunk {
+    Here(Vec<entry::Publish>),
+    There(Bytes),
 }
 
 impl Ways {
     async fn open(&self, leader: NodeId) -> Result<Way, Broken> {
         if leader == self.node {
             let (session, answer_rx) = self.proposer.open();
-            return Ok(Way::Here(session, answer_rx));
+            return Ok(Way {
+                out: Out::Here(session),
+                back: Back::Here(answer_rx),
+            });
         }
-        let opened = Stream::open(&self.transport, leader, self.group).await;
-        opened.map(Way::There).map_err(|err| {
+        let opened = forward::open(&self.transport, leader, self.group).await;
+        let (outward, inward) = opened.map_err(|err| {
             tracing::debug!(group = %self.group, %leader, error = %err, "leader not reached");
             Broken
+        })?;
+        Ok(Way {
+            out: Out::There(outward),
+            back: Back::There(inward),
         })
     }
 }
 
-impl Way {
-    async fn send(&mut self, publishes: Vec<entry::Publish>) -> Result<(), Broken> {
+impl Out {
+    fn pack(&mut self, publishes: Vec<entry::Publish>) -> Chunk {
         match self {
-            Self::Here(session, _) => session.send(publishes).await,
-            Self::There(stream) => stream.send(&publishes).await,
+            Self::Here(_) => Chunk::Here(publishes),
+            Self::There(outward) => Chunk::There(outward.pack(&publishes)),
         }
     }
 
+    /// Hands the chunk over and leaves `None`. Waits for room. Cancel-safe: the chunk went whole or is still there.
+    async fn send(&mut self, chunk: &mut Option<Chunk>) -> Result<(), Broken> {
+        match (self, &*chunk) {
+            (Self::Here(session), Some(Chunk::Here(_))) => {
+                let room = session.room().await?;
+                if let Some(Chunk::Here(publishes)) = chunk.take() {
+                    room.send(publishes);
+                }
+            }
+            (Self::There(outward), Some(Chunk::There(frame))) => {
+                outward.send(frame.clone()).await?;
+                *chunk = None;
+            }
+            (_, Some(_)) => return Err(Broken),
+            (_, None) => {}
+        }
+        Ok(())
+    }
+}
+
+impl Back {
     /// The next outcomes, in the order sent. Cancel-safe.
     async fn answer(&mut self) -> Answer {
         match self {
-            Self::Here(_, answer_rx) => answer_rx.recv().await.unwrap_or(Err(Broken)),
-            Self::There(stream) => stream.answer().await,
+            Self::Here(answer_rx) => answer_rx.recv().await.unwrap_or(Err(Broken)),
+            Self::There(inward) => inward.answer().await,
         }
     }
 }
@@ -169,14 +216,24 @@ impl Task {
                     backoff.reset();
                 }
             }
-            self.expire();
-            let pause = tokio::time::sleep(backoff.pause());
             let mut leadership = self.ways.leadership.clone();
             leadership.mark_unchanged();
-            tokio::select! {
-                () = token.cancelled() => return Ok(()),
-                _ = leadership.changed() => {}
-                () = pause => {}
+            let pause = tokio::time::sleep(backoff.pause());
+            tokio::pin!(pause);
+            // Who waits meanwhile keeps being heard, and told when time is up.
+            loop {
+                self.expire();
+                let deadline = self.next_deadline();
+                tokio::select! {
+                    () = token.cancelled() => return Ok(()),
+                    _ = leadership.changed() => break,
+                    () = &mut pause => break,
+                    pending = self.pending_rx.recv() => match pending {
+                        Some(pending) => self.take_in(pending),
+                        None => return Ok(()),
+                    },
+                    () = sleep_until(deadline) => {}
+                }
             }
         }
     }
@@ -195,7 +252,10 @@ impl Task {
             let deadline = self.next_deadline();
             tokio::select! {
                 changed = leadership.changed() => changed.ok()?,
-                pending = self.pending_rx.recv() => self.pending.push_back(pending?),
+                pending = self.pending_rx.recv() => {
+                    let pending = pending?;
+                    self.take_in(pending);
+                }
                 () = sleep_until(deadline) => self.expire(),
             }
         }
@@ -205,21 +265,17 @@ impl Task {
     async fn run_session(&mut self, leader: NodeId, mut way: Way) -> bool {
         let mut leadership = self.ways.leadership.clone();
         let mut next = 0;
+        let mut chunk = None;
         let mut progressed = false;
         // Whoever was told that time ran out is not sent again.
         self.pending.retain(|pending| pending.reply_tx.is_some());
         loop {
-            if next < self.pending.len() {
-                let chunk = self.next_chunk(&mut next);
-                if way.send(chunk).await.is_err() {
-                    return progressed;
-                }
-                // Outcomes that came meanwhile are taken below.
+            if chunk.is_none() && next < self.pending.len() {
+                chunk = Some(way.out.pack(self.next_chunk(&mut next)));
             }
             let deadline = self.next_deadline();
             tokio::select! {
-                biased;
-                answer = way.answer() => match answer {
+                answer = way.back.answer() => match answer {
                     Ok(outcomes) if outcomes.len() <= next => {
                         next -= outcomes.len();
                         progressed = true;
@@ -227,6 +283,11 @@ impl Task {
                     }
                     _ => return progressed,
                 },
+                sent = way.out.send(&mut chunk), if chunk.is_some() => {
+                    if sent.is_err() {
+                        return progressed;
+                    }
+                }
                 changed = leadership.changed() => {
                     let now = leadership.borrow_and_update().leader;
                     if changed.is_err() || now.is_some_and(|now| now != leader) {
@@ -234,17 +295,19 @@ impl Task {
                     }
                 }
                 pending = self.pending_rx.recv() => match pending {
-                    Some(pending) => {
-                        self.pending.push_back(pending);
-                        while let Ok(pending) = self.pending_rx.try_recv() {
-                            self.pending.push_back(pending);
-                        }
-                    }
+                    Some(pending) => self.take_in(pending),
                     None => return progressed,
                 },
-                () = std::future::ready(()), if next < self.pending.len() => {}
                 () = sleep_until(deadline) => self.on_deadline(),
             }
+        }
+    }
+
+    /// Takes one publish, and whatever else has come meanwhile.
+    fn take_in(&mut self, pending: Pending) {
+        self.pending.push_back(pending);
+        while let Ok(pending) = self.pending_rx.try_recv() {
+            self.pending.push_back(pending);
         }
     }
 

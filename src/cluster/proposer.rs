@@ -23,6 +23,8 @@ use crate::wire::entry;
 const ENTRY_BYTES: usize = 512 * 1024;
 /// Publishes in one entry.
 const ENTRY_PUBLISHES: usize = 8192;
+/// How long an entry may take to be committed.
+const PROPOSE_PATIENCE: Duration = Duration::from_secs(5);
 /// How often a leader looks whether time alone has changed something.
 const TICK: Duration = Duration::from_secs(5);
 /// Batches that wait for the proposer beyond the entry in flight. What they hold is paid for by the lanes.
@@ -85,14 +87,36 @@ impl Proposer {
 }
 
 impl Session {
+    /// Waits while the proposer has too much. `Err` when the node stops. Cancel-safe.
+    pub(super) async fn room(&self) -> Result<Room<'_>, Broken> {
+        let permit = self.proposer.batch_tx.reserve().await;
+        let permit = permit.map_err(|_| Broken)?;
+        Ok(Room {
+            session: self,
+            permit,
+        })
+    }
+
     /// Hands publishes over, waiting while the proposer has too much. `Err` when the node stops.
     pub(super) async fn send(&self, publishes: Vec<entry::Publish>) -> Result<(), Broken> {
-        let batch = Batch {
-            session_epoch: self.epoch,
+        self.room().await?.send(publishes);
+        Ok(())
+    }
+}
+
+/// A place in the proposer's queue.
+pub(super) struct Room<'a> {
+    session: &'a Session,
+    permit: mpsc::Permit<'a, Batch>,
+}
+
+impl Room<'_> {
+    pub(super) fn send(self, publishes: Vec<entry::Publish>) {
+        self.permit.send(Batch {
+            session_epoch: self.session.epoch,
             publishes,
-            answer_tx: self.answer_tx.clone(),
-        };
-        self.proposer.batch_tx.send(batch).await.map_err(|_| Broken)
+            answer_tx: self.session.answer_tx.clone(),
+        });
     }
 }
 
@@ -173,16 +197,9 @@ impl Task {
         }
         let outcomes = match plan.entry() {
             None => plan.merge(Vec::new()),
-            Some(entry) => match self.group.propose(entry).await {
-                Ok((_, Response::Publishes(proposed))) => plan.merge(proposed),
-                Ok((_, response)) => {
-                    tracing::error!(?response, "a publish entry was answered as something else");
-                    None
-                }
-                Err(err) => {
-                    tracing::debug!(group = %self.group.id(), error = %err, "entry failed");
-                    None
-                }
+            Some(entry) => match self.propose_in_time(entry).await {
+                Some(proposed) => plan.merge(proposed),
+                None => None,
             },
         };
         let Some(mut outcomes) = outcomes else {
@@ -197,6 +214,29 @@ impl Task {
         }
     }
 
+    /// `None` when the entry's fate is unknown or it was not appended. A leader that is cut off from its majority never
+    /// hears of its entries again, so the wait ends with its leadership, and in any case.
+    async fn propose_in_time(&self, entry: Bytes) -> Option<Vec<Outcome>> {
+        let mut leadership = self.group.leadership();
+        let term = leadership.borrow_and_update().term;
+        let proposed = tokio::select! {
+            proposed = self.group.propose(entry) => proposed,
+            _ = leadership.wait_for(|now| now.term != term) => return None,
+            () = tokio::time::sleep(PROPOSE_PATIENCE) => return None,
+        };
+        match proposed {
+            Ok((_, Response::Publishes(outcomes))) => Some(outcomes),
+            Ok((_, response)) => {
+                tracing::error!(?response, "a publish entry was answered as something else");
+                None
+            }
+            Err(err) => {
+                tracing::debug!(group = %self.group.id(), error = %err, "entry failed");
+                None
+            }
+        }
+    }
+
     /// Lets retention advance on a shard nobody publishes to.
     async fn on_tick(&self) {
         if self.state.read().has_due(now_ms()) {
@@ -206,7 +246,7 @@ impl Task {
                 publishes: Vec::new(),
             };
             // Only the leader's succeeds, and nothing depends on when it does.
-            let _ = self.group.propose(entry.encode_to_vec().into()).await;
+            let _ = self.propose_in_time(entry.encode_to_vec().into()).await;
         }
     }
 }

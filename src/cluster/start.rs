@@ -10,11 +10,9 @@ use crate::cluster::proposer::Proposer;
 use crate::cluster::registry::ControlMachine;
 use crate::cluster::replica::{EventSink, ShardMachine, State};
 use crate::cluster::{Cluster, Error, Inner, Options, Replica, balance, control};
-use crate::raft::{self, Group};
+use crate::raft::{Group, Host, Machine};
 use crate::stdx::ByteBudget;
-use crate::storage::Log;
 use crate::tasks::{OnError, Tasks};
-use crate::transport::Transport;
 use crate::types::{GroupId, NodeId, ShardId};
 
 /// Bumped when a cluster is restored from a backup, so that no serial repeats.
@@ -25,8 +23,7 @@ const CATCH_UP_REPORT: Duration = Duration::from_secs(5);
 
 /// What the cluster stands on.
 pub struct Parts {
-    pub log: Log,
-    pub transport: Transport,
+    pub host: Host,
     /// Hears of every record applied on this node.
     pub sink: Arc<dyn EventSink>,
 }
@@ -49,12 +46,10 @@ impl Cluster {
         if options.shards == 0 || options.shards > 256 {
             return Err(Error::ShardCount(options.shards));
         }
-        let server = raft::Server::default();
-        server.register(&parts.transport);
+        let transport = parts.host.transport().clone();
         let start = Starter {
             options: &options,
             parts: &parts,
-            server: &server,
             tasks,
         };
         let (machine, registry, _) = ControlMachine::new();
@@ -66,10 +61,10 @@ impl Cluster {
             shards.push(replica);
             proposers.push(proposer);
         }
-        Door { proposers }.register(&parts.transport);
+        Door { proposers }.register(&transport);
         let cluster = Self(Arc::new(Inner {
             options,
-            transport: parts.transport,
+            transport,
             control,
             registry,
             shards,
@@ -142,21 +137,13 @@ impl Cluster {
 struct Starter<'a> {
     options: &'a Options,
     parts: &'a Parts,
-    server: &'a raft::Server,
     tasks: &'a Tasks,
 }
 
 impl Starter<'_> {
-    async fn group(&self, id: GroupId, machine: Box<dyn raft::Machine>) -> Result<Group, Error> {
-        let parts = raft::Parts {
-            node: self.options.node,
-            log: self.parts.log.group(id),
-            snapshots: self.parts.log.snapshot(id),
-            transport: self.parts.transport.clone(),
-        };
-        let group = Group::start(id, parts, machine, &self.options.raft, self.tasks).await?;
-        self.server.add(group.clone());
-        Ok(group)
+    async fn group(&self, id: GroupId, machine: Box<dyn Machine>) -> Result<Group, Error> {
+        let (host, options) = (&self.parts.host, &self.options.raft);
+        Ok(host.start(id, machine, options, self.tasks).await?)
     }
 
     async fn shard(&self, shard: ShardId) -> Result<(Replica, Proposer), Error> {
@@ -175,7 +162,7 @@ impl Starter<'_> {
             group: group.id(),
             leadership: group.leadership(),
             proposer: proposer.clone(),
-            transport: self.parts.transport.clone(),
+            transport: self.parts.host.transport().clone(),
         };
         let (lane, task) = Lane::new(ways, ByteBudget::new(self.options.waiting_bytes_max));
         self.tasks

@@ -1,8 +1,7 @@
 //! Pages of a channel's history.
 
 use crate::broker::Broker;
-use crate::channel::Range;
-use crate::types::{ChannelKey, ErrorCode, ErrorInfo, MessageSerial, Serial};
+use crate::types::{ChannelKey, ErrorCode, ErrorInfo, MessageSerial, Range, Serial};
 use crate::wire::ably::Message;
 use crate::wire::body::record_messages;
 

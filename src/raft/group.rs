@@ -14,14 +14,14 @@ use openraft::errors::{
 use openraft::{Config, EmptyNode, ReadPolicy, ServerState, SnapshotPolicy};
 use tokio::sync::watch;
 
+use crate::raft::host::Parts;
 use crate::raft::log_store::{LogStore, normal_payload};
 use crate::raft::machine::Adapter;
 use crate::raft::network::Factory;
 use crate::raft::{Machine, Options, Payload, Raft, Response};
-use crate::storage::{GroupLog, SnapshotFile};
+use crate::storage::GroupLog;
 use crate::tasks::{OnError, Tasks};
-use crate::transport::Transport;
-use crate::types::{GroupId, NodeId};
+use crate::types::{GroupId, Leadership, NodeId};
 
 /// A group that could not be started or has stopped for good.
 #[derive(Debug, thiserror::Error)]
@@ -46,13 +46,6 @@ pub enum ProposeError {
     Stopped(String),
 }
 
-/// Who leads a group, as this node knows it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Leadership {
-    pub leader: Option<NodeId>,
-    pub term: u64,
-}
-
 /// A handle to a group on this node.
 #[derive(Clone)]
 pub struct Group {
@@ -70,21 +63,12 @@ impl fmt::Debug for Group {
     }
 }
 
-/// What a group stands on.
-#[derive(Debug)]
-pub struct Parts {
-    pub node: NodeId,
-    pub log: GroupLog,
-    pub snapshots: SnapshotFile,
-    pub transport: Transport,
-}
-
 impl Group {
     /// Starts the group where its log and snapshot left it.
     ///
     /// # Errors
     /// When log or snapshot cannot be read or applied.
-    pub async fn start(
+    pub(super) async fn start(
         id: GroupId,
         parts: Parts,
         machine: Box<dyn Machine>,
@@ -285,7 +269,13 @@ fn follow_leadership(id: GroupId, raft: &Raft, tasks: &Tasks) -> watch::Receiver
                 });
                 tokio::select! {
                     () = token.cancelled() => return Ok(()),
-                    changed = metrics.changed() => if changed.is_err() { return Ok(()) },
+                    changed = metrics.changed() => if changed.is_err() {
+                    // A stopped group says so before it goes; one that panicked does not.
+                    return match metrics.borrow_watched().running_state {
+                        Err(Fatal::Stopped) => Ok(()),
+                        _ => Err(anyhow::anyhow!("{id}: its task ended unexpectedly")),
+                    };
+                },
                 }
             }
         },

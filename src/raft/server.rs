@@ -19,13 +19,13 @@ type Snapshot = openraft::alias::SnapshotOf<TypeConfig, Bytes>;
 
 /// The groups of this node, reachable by number.
 #[derive(Clone, Debug, Default)]
-pub struct Server {
+pub(super) struct Server {
     groups: Arc<RwLock<BTreeMap<GroupId, Group>>>,
 }
 
 impl Server {
     /// Answers Raft's calls on this transport from now on.
-    pub fn register(&self, transport: &Transport) {
+    pub(super) fn register(&self, transport: &Transport) {
         let services = [
             network::APPEND,
             network::VOTE,
@@ -39,7 +39,7 @@ impl Server {
         }
     }
 
-    pub fn add(&self, group: Group) {
+    pub(super) fn add(&self, group: Group) {
         let mut groups = self.groups.write().unwrap_or_else(|err| err.into_inner());
         groups.insert(group.id(), group);
     }
