@@ -111,9 +111,13 @@ fn complain(err: &anyhow::Error) {
     eprintln!("firth: {err:#}");
 }
 
-#[expect(clippy::print_stdout, reason = "a command's answer")]
-fn say(text: &str) {
-    println!("{text}");
+/// Answers the caller; one that stopped reading wants no more.
+fn say(text: &str) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(err) if err.kind() != std::io::ErrorKind::BrokenPipe => Err(err.into()),
+        Ok(()) | Err(_) => Ok(()),
+    }
 }
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {
@@ -124,8 +128,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Admin(Admin::Status { url, output }) => {
             let status = admin::call::status(&url).await?;
             match output.as_str() {
-                "json" => say(&serde_json::to_string_pretty(&status)?),
-                _ => say(&admin::call::table(&status)),
+                "json" => say(&serde_json::to_string_pretty(&status)?)?,
+                _ => say(&admin::call::table(&status))?,
             }
         }
         Command::Certs(Certs::Ca { dir }) => certs::create_ca(&dir)?,
@@ -142,8 +146,7 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
 async fn serve(args: Serve) -> anyhow::Result<()> {
     let config = Config::load(&args.config)?;
     if args.check {
-        say(&format!("{}: good", args.config.display()));
-        return Ok(());
+        return say(&format!("{}: good", args.config.display()));
     }
     node::run(config, node::stop_word(args.until_stdin_ends)).await
 }

@@ -112,7 +112,16 @@ pub fn table(status: &Status) -> String {
         );
     }
     for bridge in &status.bridges {
-        text += &format!("\nbridge {bridge}\n");
+        let field = |name: &str| match &bridge[name] {
+            serde_json::Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let count = |name: &str| bridge[name].as_array().map_or(0, Vec::len);
+        let (id, state) = (field("bridge"), field("state"));
+        let (inbound, outbound) = (count("inbound"), count("outbound"));
+        text += &format!(
+            "\nbridge {id}: {state}; this node reads {inbound} partitions and exports {outbound} shards\n"
+        );
     }
     text
 }

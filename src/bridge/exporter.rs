@@ -1,4 +1,4 @@
-//! The thread of one shard on its way out: does what [`outbound::Exporter`] says with a transactional producer.
+//! The thread of one shard on its way out: does what `outbound::Exporter` says with a transactional producer.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};

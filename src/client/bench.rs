@@ -351,7 +351,7 @@ mod tests {
             "pub ch hello --name n --count 3",
             "pub ch -",
             "sub ch --count 1 --json",
-            "sub ch --rewind 2m",
+            "sub ch --from s1",
             "bench publish --url http://a:1,http://b:2 --channels 4 --publishers 8 --messages 10 --size 10 --window 4 --json",
             "bench fanout --subscribers 10 --messages 10 --rate 100.5",
         ] {
@@ -361,7 +361,7 @@ mod tests {
             "bench publish --rate 0",
             "bench publish --publishers 0",
             "sub ch --count 0",
-            "sub ch --from s1 --rewind 2",
+            "sub ch --rewind 2",
         ] {
             assert!(parse(bad).is_err(), "{bad}");
         }

@@ -24,9 +24,6 @@ pub struct SubArgs {
     /// Begin after this channel serial instead of now
     #[arg(long, value_name = "SERIAL")]
     from: Option<String>,
-    /// Begin with this many earlier messages, or those of a time such as 30s or 2m
-    #[arg(long, value_name = "N|TIME", conflicts_with = "from")]
-    rewind: Option<String>,
     #[command(flatten)]
     server: ServerArgs,
 }
@@ -43,13 +40,8 @@ pub(super) async fn run(args: SubArgs, tasks: &Tasks) -> Result<ExitCode, Error>
         ..args.server.options()
     };
     let (connection, mut events) = Connection::connect(options, tasks).await?;
-    let rewind = args
-        .rewind
-        .iter()
-        .map(|rewind| ("rewind".to_owned(), rewind.clone()));
-    let params: BTreeMap<_, _> = rewind.collect();
     connection
-        .attach(&args.channel, args.from.clone(), params)
+        .attach(&args.channel, args.from.clone(), BTreeMap::new())
         .await?;
     let mut stop = std::pin::pin!(interrupted());
     let mut left = args.count;

@@ -136,9 +136,8 @@ impl Cluster {
             group.transfer_to(to).await;
             let moved = leadership.wait_for(|known| known.leader != Some(self.node()));
             // A transfer that was refused is tried again.
-            match tokio::time::timeout(Duration::from_millis(500), moved).await {
-                Ok(Err(_)) => return,
-                Ok(Ok(_)) | Err(_) => {}
+            if let Ok(Err(_)) = tokio::time::timeout(Duration::from_millis(500), moved).await {
+                return;
             }
         }
     }
