@@ -289,6 +289,14 @@ impl File {
             let reason = "ids must be different and start at 1".to_owned();
             return Err(invalid("cluster.nodes", reason));
         }
+        if ![1, 3, 5].contains(&nodes.len()) {
+            let reason = format!("a cluster has 1, 3 or 5 nodes, not {}", nodes.len());
+            return Err(invalid("cluster.nodes", reason));
+        }
+        if !(1..=256).contains(&self.cluster.shards) {
+            let reason = "1 to 256 shards are possible".to_owned();
+            return Err(invalid("cluster.shards", reason));
+        }
         if !is_loopback(self.listen.admin.ip()) {
             let reason = "the admin listener knows no credentials yet, so only a loopback address is possible";
             return Err(invalid("listen.admin", reason.to_owned()));

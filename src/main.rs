@@ -82,9 +82,6 @@ enum Certs {
     },
 }
 
-/// What is wrong with how the command was called or configured, as clap has it.
-const USAGE: u8 = 2;
-
 fn main() -> ExitCode {
     let cli = Cli::parse();
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -99,7 +96,8 @@ fn main() -> ExitCode {
     ran.unwrap_or_else(|err| {
         complain(&err);
         let usage = err.is::<firth::config::Error>();
-        ExitCode::from(if usage { USAGE } else { 1 })
+        // As clap has it for a wrong call.
+        ExitCode::from(if usage { 2 } else { 1 })
     })
 }
 

@@ -178,6 +178,7 @@ impl Upstream for Below {
             Ok(ShardPage {
                 records: page.records,
                 through: page.through,
+                incarnation: page.incarnation,
             })
         })
     }

@@ -201,7 +201,7 @@ impl Driver {
             bytes: records.iter().map(Outgoing::bytes).sum(),
             records,
             through: page.through,
-            incarnation: page.records.last().map(|(serial, ..)| serial.incarnation),
+            incarnation: Some(page.incarnation),
         }))
     }
 

@@ -117,4 +117,6 @@ pub struct ShardPage {
     pub records: Vec<(Serial, u64, entry::Publish)>,
     /// The log index the page is complete through.
     pub through: u64,
+    /// What serials of the shard begin with.
+    pub incarnation: u16,
 }

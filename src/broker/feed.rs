@@ -9,7 +9,7 @@ use crate::broker::follow::Follow;
 use crate::channel::{Event, RecordRef};
 use crate::cluster::{EventSink, StoredRecord};
 use crate::stdx::stable_hash;
-use crate::types::{ChannelKey, ShardId};
+use crate::types::{ChannelKey, Serial, ShardId};
 use crate::wire::ably::{self, Format};
 use crate::wire::{body, entry};
 
@@ -77,6 +77,8 @@ impl From<StoredRecord> for Record {
 pub(super) struct Tail {
     records: VecDeque<Arc<Record>>,
     bytes: usize,
+    /// The newest record that no longer fits.
+    evicted: Option<Serial>,
 }
 
 impl Tail {
@@ -84,16 +86,20 @@ impl Tail {
         self.bytes += record.cost();
         self.records.push_back(record);
         while self.bytes > TAIL_BYTES && self.records.len() > 1 {
-            let oldest = self.records.pop_front();
-            self.bytes -= oldest.map_or(0, |record| record.cost());
+            if let Some(oldest) = self.records.pop_front() {
+                self.bytes -= oldest.cost();
+                self.evicted = Some(oldest.at.serial);
+            }
         }
     }
 
-    /// Up to `limit` records after `cursor`; `None` when the tail does not reach back to it, which the records'
-    /// links to their predecessors prove.
+    /// Up to `limit` records after `cursor`; `None` when something between it and the tail is missing. A follower that
+    /// had everything since it joined has missed only what was evicted; for any other the records' links to their
+    /// predecessors are the proof.
     pub(super) fn after(
         &self,
-        cursor: crate::types::Serial,
+        cursor: Serial,
+        since_join: bool,
         limit: usize,
     ) -> Option<Vec<Arc<Record>>> {
         let start = self
@@ -102,7 +108,9 @@ impl Tail {
         let Some(first) = self.records.get(start) else {
             return Some(Vec::new());
         };
-        let gapless = first.at.predecessor.is_none_or(|before| before <= cursor);
+        let complete = since_join && self.evicted.is_none_or(|evicted| evicted <= cursor);
+        let linked = (first.at.predecessor).is_none_or(|before| before <= cursor);
+        let gapless = complete || linked;
         gapless.then(|| {
             self.records
                 .iter()
@@ -118,7 +126,8 @@ impl Tail {
 #[derive(Debug, Default)]
 pub(super) struct Feed {
     tail: Mutex<Tail>,
-    followers: Mutex<Vec<Arc<Follow>>>,
+    /// By number: a crowd that leaves at once finds each of its own at once.
+    followers: Mutex<HashMap<u64, Arc<Follow>>>,
 }
 
 impl Feed {
@@ -126,7 +135,7 @@ impl Feed {
         self.tail.lock().unwrap_or_else(|err| err.into_inner())
     }
 
-    fn followers(&self) -> MutexGuard<'_, Vec<Arc<Follow>>> {
+    fn followers(&self) -> MutexGuard<'_, HashMap<u64, Arc<Follow>>> {
         self.followers.lock().unwrap_or_else(|err| err.into_inner())
     }
 }
@@ -156,18 +165,18 @@ impl Hub {
             .write()
             .unwrap_or_else(|err| err.into_inner());
         let feed = stripe.entry(key.clone()).or_default().clone();
-        feed.followers().push(follow);
+        feed.followers().insert(follow.number(), follow);
         feed
     }
 
-    pub(super) fn leave(&self, key: &ChannelKey, follow: &Arc<Follow>) {
+    pub(super) fn leave(&self, key: &ChannelKey, follow: &Follow) {
         let mut stripe = self
             .stripe(key)
             .write()
             .unwrap_or_else(|err| err.into_inner());
         let Some(feed) = stripe.get(key) else { return };
         let mut followers = feed.followers();
-        followers.retain(|known| !Arc::ptr_eq(known, follow));
+        followers.remove(&follow.number());
         let empty = followers.is_empty();
         drop(followers);
         if empty {
@@ -195,7 +204,7 @@ impl EventSink for Hub {
             };
             feed.tail()
                 .push(Arc::new(Record::new(event.record, event.publish)));
-            feed.followers().iter().for_each(|follow| follow.wake());
+            feed.followers().values().for_each(|follow| follow.wake());
         }
     }
 }
@@ -203,7 +212,6 @@ impl EventSink for Hub {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::types::Serial;
 
     fn at(index: u64) -> Serial {
         Serial {
@@ -239,13 +247,29 @@ mod tests {
     #[test]
     fn a_tail_serves_only_who_it_has_everything_for() {
         let mut tail = Tail::default();
-        assert_eq!(indexes(tail.after(at(0), 9)), Some(vec![]));
+        assert_eq!(indexes(tail.after(at(0), false, 9)), Some(vec![]));
         tail.push(record(5, Some(3), 1));
         tail.push(record(8, Some(5), 1));
-        assert_eq!(indexes(tail.after(at(2), 9)), None, "3 is missing");
-        assert_eq!(indexes(tail.after(at(3), 9)), Some(vec![5, 8]));
-        assert_eq!(indexes(tail.after(at(4), 1)), Some(vec![5]));
-        assert_eq!(indexes(tail.after(at(8), 9)), Some(vec![]));
+        assert_eq!(indexes(tail.after(at(2), false, 9)), None, "3 is missing");
+        assert_eq!(indexes(tail.after(at(3), false, 9)), Some(vec![5, 8]));
+        assert_eq!(indexes(tail.after(at(4), false, 1)), Some(vec![5]));
+        assert_eq!(indexes(tail.after(at(8), false, 9)), Some(vec![]));
+    }
+
+    #[test]
+    fn who_was_there_all_along_needs_no_link() {
+        let mut tail = Tail::default();
+        tail.push(record(50, Some(40), 1));
+        assert_eq!(indexes(tail.after(at(2), false, 9)), None);
+        assert_eq!(indexes(tail.after(at(2), true, 9)), Some(vec![50]));
+        for index in 51..100 {
+            tail.push(record(index, Some(index - 1), TAIL_BYTES / 16));
+        }
+        assert_eq!(
+            indexes(tail.after(at(2), true, 9)),
+            None,
+            "evicted meanwhile"
+        );
     }
 
     #[test]
@@ -258,7 +282,10 @@ mod tests {
                 TAIL_BYTES / 16 - RECORD_BYTES / 4,
             ));
         }
-        assert_eq!(indexes(tail.after(at(95), 9)), Some(vec![96, 97, 98, 99]));
-        assert_eq!(indexes(tail.after(at(94), 9)), None);
+        assert_eq!(
+            indexes(tail.after(at(95), false, 9)),
+            Some(vec![96, 97, 98, 99])
+        );
+        assert_eq!(indexes(tail.after(at(94), false, 9)), None);
     }
 }

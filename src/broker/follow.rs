@@ -1,6 +1,6 @@
 //! Following a channel: a cursor that is woken, never a queue.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::Notify;
@@ -36,6 +36,7 @@ impl Waker {
 /// What a feed knows of a follower.
 #[derive(Debug)]
 pub(super) struct Follow {
+    number: u64,
     waker: Arc<Waker>,
     slot: u32,
     /// The slot is among the waker's ready ones already.
@@ -43,6 +44,21 @@ pub(super) struct Follow {
 }
 
 impl Follow {
+    fn new(waker: Arc<Waker>, slot: u32) -> Self {
+        static NUMBERS: AtomicU64 = AtomicU64::new(0);
+        Self {
+            number: NUMBERS.fetch_add(1, Ordering::Relaxed),
+            waker,
+            slot,
+            woken: AtomicBool::new(false),
+        }
+    }
+
+    /// Unique in this process.
+    pub(super) const fn number(&self) -> u64 {
+        self.number
+    }
+
     pub(super) fn wake(&self) {
         if !self.woken.swap(true, Ordering::AcqRel) {
             self.waker.lock().push(self.slot);
@@ -103,11 +119,7 @@ impl Follower {
         waker: Arc<Waker>,
         slot: u32,
     ) -> (Self, Continuity) {
-        let follow = Arc::new(Follow {
-            waker,
-            slot,
-            woken: AtomicBool::new(false),
-        });
+        let follow = Arc::new(Follow::new(waker, slot));
         // Joined before the state is read: what is applied in between is found in both and handed out once.
         let feed = hub.join(&key, follow.clone());
         let (cursor, continuity) = {
@@ -150,7 +162,7 @@ impl Follower {
         // Cleared before looking: what comes while we look wakes again.
         self.follow.woken.store(false, Ordering::Release);
         if self.live {
-            let found = self.feed.tail().after(self.cursor, limit);
+            let found = self.feed.tail().after(self.cursor, true, limit);
             if let Some(records) = found {
                 return Ok(self.hand_out(records, limit));
             }

@@ -133,7 +133,11 @@ impl Shard {
         if let Some(refused) = publish.source.as_ref().and_then(|at| self.on_source(at)) {
             return refused;
         }
-        let digest = digest(&publish.id, &publish.connection_id);
+        let digest = digest(
+            &publish.id,
+            &publish.connection_id,
+            publish.source.is_some(),
+        );
         let forgotten = self.forgotten;
         let index = self.channels.entry(key.clone());
         // A channel that was forgotten and comes back: its former records may be missed by a reader.
@@ -242,10 +246,10 @@ impl Shard {
         self.timers.first().is_some_and(|(due, _)| *due <= now_ms)
     }
 
-    /// The first serial of a publish with this idempotency key and publisher, while it is remembered.
+    /// The first serial of a client's publish with this idempotency key, while it is remembered.
     #[must_use]
     pub fn seen(&self, key: &ChannelKey, id: &str, connection_id: &str) -> Option<Serial> {
-        let digest = digest(id, connection_id);
+        let digest = digest(id, connection_id, false);
         self.channels.get(key)?.keys.get(&digest).copied()
     }
 
@@ -345,13 +349,19 @@ fn channel_key(publish: &entry::Publish) -> Option<ChannelKey> {
 
 /// Ids that a connection's numbering gives (`connectionId:msgSerial`) and ids that publishers choose never meet: nobody
 /// can take another connection's next publish for a repetition by choosing its id first.
-fn digest(id: &str, connection_id: &str) -> KeyDigest {
+/// Records read from Kafka have ids that anybody could foretell: they, too, are apart.
+fn digest(id: &str, connection_id: &str, from_kafka: bool) -> KeyDigest {
     let numbered = !connection_id.is_empty()
         && id
             .strip_prefix(connection_id)
             .is_some_and(|rest| rest.starts_with(':'));
     let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-    context.update(&[u8::from(numbered)]);
+    let kind = match (from_kafka, numbered) {
+        (true, _) => 2,
+        (false, true) => 1,
+        (false, false) => 0,
+    };
+    context.update(&[kind]);
     context.update(id.as_bytes());
     let mut key = KeyDigest::default();
     key.copy_from_slice(&context.finish().as_ref()[..16]);

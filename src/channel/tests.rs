@@ -117,6 +117,17 @@ fn nobody_takes_a_connections_next_id_by_choosing_it_first() {
 }
 
 #[test]
+fn nobody_takes_a_kafka_records_place_by_foretelling_its_id() {
+    let mut shard = Shard::new(1);
+    let forged = publish("k", "kafka:12");
+    let outcomes = apply(&mut shard, 1, 0, vec![forged, from_kafka(1, 12)]);
+    assert_eq!(
+        outcomes,
+        [Outcome::Stored(at(1, 0)), Outcome::Stored(at(1, 1))]
+    );
+}
+
+#[test]
 fn a_record_and_its_key_are_gone_after_the_retention_by_stamps() {
     let mut shard = Shard::new(1);
     apply(&mut shard, 1, 0, vec![publish("a", "x")]);

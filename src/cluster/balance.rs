@@ -121,12 +121,10 @@ impl Cluster {
     async fn hand_over_group(&self, group: &Group) {
         let mut leadership = group.leadership();
         while leadership.borrow_and_update().leader == Some(self.node()) {
-            let able = self
-                .reachable()
-                .into_iter()
-                .find(|node| group.is_caught_up(*node));
+            let staying = self.staying();
+            let able = (staying.iter().copied()).find(|node| group.is_caught_up(*node));
             let Some(to) = able else {
-                if self.staying().is_empty() {
+                if staying.is_empty() {
                     return;
                 }
                 // The last entries are still on their way; the caller bounds the wait.

@@ -18,7 +18,7 @@ use crate::cluster::forward::{self, Inward, Outward};
 use crate::cluster::proposer::{Answer, Broken, Proposer, Session};
 use crate::stdx::{Backoff, ByteBudget, ByteGrant};
 use crate::transport::Transport;
-use crate::types::{ChannelKey, ChannelName, GroupId, Leadership, NodeId};
+use crate::types::{GroupId, Leadership, NodeId};
 use crate::wire::entry;
 
 /// How long a publish waits for an outcome. Longer than an election, shorter than a client's patience.
@@ -376,12 +376,4 @@ async fn sleep_until(deadline: Option<Instant>) {
         Some(deadline) => tokio::time::sleep_until(deadline).await,
         None => std::future::pending().await,
     }
-}
-
-/// The channel a publish names, if it is one that can exist.
-pub(super) fn key_of(publish: &entry::Publish) -> Option<ChannelKey> {
-    Some(ChannelKey {
-        app: publish.app.parse().ok()?,
-        name: ChannelName::parse(&publish.channel).ok()?,
-    })
 }

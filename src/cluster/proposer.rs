@@ -14,9 +14,9 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::channel::Outcome;
-use crate::cluster::lane::key_of;
 use crate::cluster::replica::State;
 use crate::raft::{Group, Response};
+use crate::types::{ChannelKey, ChannelName};
 use crate::wire::entry;
 
 /// Bytes of publishes in one entry; a single larger publish goes alone.
@@ -294,6 +294,14 @@ impl Plan {
         let merged: Option<Vec<Outcome>> = merged.collect();
         merged.filter(|_| proposed.next().is_none())
     }
+}
+
+/// The channel a publish names, if it is one that can exist.
+fn key_of(publish: &entry::Publish) -> Option<ChannelKey> {
+    Some(ChannelKey {
+        app: publish.app.parse().ok()?,
+        name: ChannelName::parse(&publish.channel).ok()?,
+    })
 }
 
 fn now_ms() -> u64 {

@@ -107,6 +107,8 @@ pub struct ShardPage {
     /// Serial, stamp in milliseconds since 1970, and the publish.
     pub records: Vec<(Serial, u64, entry::Publish)>,
     pub through: u64,
+    /// What serials of the shard begin with.
+    pub incarnation: u16,
 }
 
 /// Bodies read at a time; a page ends after the record that passes it.
@@ -152,6 +154,7 @@ pub(super) fn read_page(
     let mut page = ShardPage {
         records: Vec::new(),
         through: after,
+        incarnation: state.read().now().incarnation,
     };
     for (index, payload) in entries {
         page.through = index;

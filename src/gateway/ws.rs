@@ -2,7 +2,7 @@
 //!
 //! One task, no queue: what a slow reader has not taken stays in the log, and its cursor says where.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use futures_util::stream::FuturesUnordered;
 use futures_util::{SinkExt as _, StreamExt as _};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
+use tokio::io::AsyncReadExt as _;
 use tokio::time::Instant;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -139,7 +140,7 @@ async fn converse(
         slots: HashMap::new(),
         next_slot: 0,
         publishes: FuturesUnordered::new(),
-        unfinished: Vec::new(),
+        unfinished: BTreeSet::new(),
     };
     connection.run(seat, token).await;
 }
@@ -218,7 +219,16 @@ impl Wire {
         }
         // A socket that is closed with unread input resets the connection, and the client may never see the last frames:
         // so what still comes is read until the client closes too.
-        let rest = async { while let Some(Ok(_)) = self.socket.next().await {} };
+        let rest = async {
+            while let Some(Ok(message)) = self.socket.next().await {
+                if message.is_close() {
+                    return;
+                }
+            }
+            // After an error the library reads no more, but what is on its way must still be taken.
+            let (io, mut sink) = (self.socket.get_mut(), [0; 4096]);
+            while io.read(&mut sink).await.is_ok_and(|bytes| bytes > 0) {}
+        };
         let _ = tokio::time::timeout(FAREWELL, rest).await;
     }
 }
@@ -252,7 +262,7 @@ struct Connection {
     /// Bounded by the session's limit on unanswered publishes.
     publishes: FuturesUnordered<Publishing>,
     /// Slots of followers that had more than their share, to go on with when everything else had its turn.
-    unfinished: Vec<u32>,
+    unfinished: BTreeSet<u32>,
 }
 
 impl Connection {
@@ -297,12 +307,15 @@ impl Connection {
         let bytes: Bytes = match received {
             Some(Ok(Message::Text(text))) => text.into(),
             Some(Ok(Message::Binary(bytes))) => bytes,
-            Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => return Ok(()),
+            // The library's own answers, to a Close too, leave with the next flush; after a Close that flush fails.
+            Some(Ok(
+                Message::Ping(_) | Message::Pong(_) | Message::Frame(_) | Message::Close(_),
+            )) => return Ok(()),
             Some(Err(tungstenite::Error::Capacity(_))) => {
                 self.session.handle_too_large(now_ms());
                 return Ok(());
             }
-            Some(Ok(Message::Close(_)) | Err(_)) | None => return Err(Gone),
+            Some(Err(_)) | None => return Err(Gone),
         };
         match ably::decode(self.wire.format, &bytes) {
             Ok(frame) => self.session.handle_frame(frame, now_ms()),
@@ -416,10 +429,12 @@ impl Connection {
     }
 
     /// Sends a share of what each woken follower finds; whoever has more goes on when everything else had its turn.
-    async fn on_ready(&mut self, slots: Vec<u32>) -> Result<(), Gone> {
+    async fn on_ready(&mut self, slots: impl IntoIterator<Item = u32>) -> Result<(), Gone> {
         for slot in slots {
             if self.send_records(slot).await? {
-                self.unfinished.push(slot);
+                self.unfinished.insert(slot);
+            } else {
+                self.unfinished.remove(&slot);
             }
         }
         self.wire.flush().await
@@ -446,14 +461,24 @@ impl Connection {
                 return Ok(false);
             }
         };
+        let at = follower.cursor();
         let connection_id = self.session.connection_id().to_owned();
+        let mut unreadable = false;
         for record in polled.records {
             let own = record.publish.connection_id == connection_id;
             let frame = record.frame(self.wire.format);
+            unreadable |= frame.is_empty();
             if (attachment.echo || !own) && !frame.is_empty() {
                 self.wire.send_bytes(frame.clone()).await?;
                 self.session.handle_sent(now_ms());
             }
+        }
+        if unreadable {
+            let what = "a message is stored in a form that this node cannot read";
+            let error = ErrorInfo::new(ErrorCode::ContinuityLost, what);
+            let channel = channel.clone();
+            self.session
+                .handle_discontinuity(&channel, at, &error, now_ms());
         }
         Ok(polled.more)
     }

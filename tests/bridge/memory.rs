@@ -275,6 +275,7 @@ impl Upstream for Node {
         let shards = self.cluster.shards.lock().unwrap();
         let log = &shards[shard.0 as usize].log;
         let mut page = ShardPage {
+            incarnation: 1,
             through: after,
             ..Default::default()
         };
