@@ -3,7 +3,7 @@
 pub mod dev;
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
@@ -16,11 +16,14 @@ use crate::cluster::{self, Cluster};
 use crate::config::Config;
 use crate::gateway::Gateway;
 use crate::raft::Host;
-use crate::storage::Log;
+use crate::storage::{self, Log};
 use crate::tasks::Tasks;
 use crate::telemetry;
 use crate::transport::Transport;
 
+/// How long the data directory may still be held by a process that is ending, and how often that is looked at.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+const LOCK_AGAIN: Duration = Duration::from_millis(50);
 /// How long clients may take to be sent away.
 const CLIENTS_GRACE: Duration = Duration::from_secs(3);
 /// How long handing over leaderships may take.
@@ -88,6 +91,19 @@ impl Signals {
     }
 }
 
+/// Opens the log. A killed process holds its lock until what it was writing is on the disk, so that one is waited for.
+fn open_log(options: &storage::Options, owner: &storage::Owner) -> Result<Log, storage::Error> {
+    let until = Instant::now() + LOCK_PATIENCE;
+    loop {
+        match Log::open(options.clone(), owner) {
+            Err(storage::Error::Locked { .. }) if Instant::now() < until => {
+                std::thread::sleep(LOCK_AGAIN);
+            }
+            opened => return opened,
+        }
+    }
+}
+
 struct Node {
     log: Log,
     cluster: Cluster,
@@ -101,7 +117,7 @@ impl Node {
         let node = config.cluster.node;
         tracing::info!(%node, cluster = config.owner.cluster_id, "starting");
         let (storage, owner) = (config.storage, config.owner);
-        let opened = tokio::task::spawn_blocking(move || Log::open(storage, &owner));
+        let opened = tokio::task::spawn_blocking(move || open_log(&storage, &owner));
         let log = opened.await?.context("cannot open the data directory")?;
         let (serving_tx, serving_rx) = watch::channel(None);
         admin::start(&config.admin, serving_rx, root).await?;
