@@ -57,6 +57,7 @@ pub(super) fn run(job: Job, stop: CancellationToken) {
         applied: job.upstream.applied(job.shard),
         producer: None,
         shown: State::Connecting,
+        told: None,
         job,
         stop,
     };
@@ -70,6 +71,7 @@ struct Driver {
     applied: watch::Receiver<u64>,
     producer: Option<BaseProducer<Context>>,
     shown: State,
+    told: Option<Fault>,
 }
 
 impl Driver {
@@ -84,6 +86,7 @@ impl Driver {
             }
             let step = self.exporter.step(Instant::now());
             if let Err(fault) = self.take(step) {
+                self.log(&fault);
                 self.exporter.on_fault(fault);
             }
             self.show();
@@ -95,6 +98,17 @@ impl Driver {
             warn!(shard = %self.job.shard, ?fault, "transaction left open at stop");
         }
         self.producer = None;
+    }
+
+    /// Each kind of trouble once, until it is over.
+    fn log(&mut self, fault: &Fault) {
+        let (bridge, shard) = (self.job.target.bridge.as_str(), self.job.shard.0);
+        if self.told.as_ref() == Some(fault) {
+            debug!(bridge, shard, ?fault, "export");
+        } else {
+            warn!(bridge, shard, ?fault, "export");
+            self.told = Some(fault.clone());
+        }
     }
 
     fn take(&mut self, step: Step<Outgoing>) -> Result<(), Fault> {
@@ -112,7 +126,7 @@ impl Driver {
             Step::Begin => {
                 self.producer()?.context().take_undelivered();
                 let begun = self.producer()?.begin_transaction();
-                begun.map_err(|err| kafka::fault(&err))?;
+                begun.map_err(|err| self.explain(kafka::fault(&err)))?;
                 self.exporter.on_begin(Instant::now());
             }
             Step::Produce(records) => {
@@ -400,11 +414,14 @@ impl Driver {
                 return Ok(());
             };
             let fault = kafka::fault(&error);
-            if !matches!(fault, Fault::Retry(_)) || Instant::now() > deadline {
-                return Err(match fault {
-                    Fault::Retry(_) | Fault::Fenced => fault,
-                    other => Fault::Fatal(format!("{other:?}")),
+            if !matches!(fault, Fault::Retry(_)) {
+                return Err(match self.explain(fault) {
+                    Fault::Fenced => Fault::Fenced,
+                    _ => Fault::Fatal(error.to_string()),
                 });
+            }
+            if Instant::now() > deadline {
+                return Err(fault);
             }
             producer.poll(Duration::from_millis(10));
         }
@@ -417,8 +434,12 @@ impl Driver {
             let (bridge, shard) = (self.job.target.bridge.as_str(), self.job.shard.0);
             match state {
                 State::Blocked(_) => error!(bridge, shard, %state, "export"),
-                State::Running | State::Connecting => info!(bridge, shard, %state, "export"),
-                State::Lagging(_) | State::Fenced => warn!(bridge, shard, %state, "export"),
+                State::Running => {
+                    info!(bridge, shard, %state, "export");
+                    self.told = None;
+                }
+                // Said when it happened.
+                State::Connecting | State::Lagging(_) | State::Fenced => {}
             }
             self.shown = state.clone();
         }
