@@ -156,18 +156,23 @@ impl Kafka {
     pub(crate) fn create_topic(&self, name: &str, partitions: i32) {
         let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-        let created = admin.create_topics([&topic], &AdminOptions::new());
-        // On a thread of its own, as a test may be inside a runtime.
-        let created = std::thread::scope(|scope| {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .build()
-                .unwrap();
-            scope
-                .spawn(move || runtime.block_on(created))
-                .join()
-                .unwrap()
-        });
+        let created = wait(admin.create_topics([&topic], &AdminOptions::new()));
         created.unwrap().remove(0).unwrap();
+    }
+
+    pub(crate) fn delete_topic(&self, name: &str) {
+        let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
+        let deleted = wait(admin.delete_topics(&[name], &AdminOptions::new()));
+        deleted.unwrap().remove(0).unwrap();
+    }
+
+    /// As retention does: nothing below the offset is left.
+    pub(crate) fn expire(&self, topic: &str, partition: i32, offset: i64) {
+        let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
+        let mut list = TopicPartitionList::new();
+        let offset = Offset::Offset(offset);
+        list.add_partition_offset(topic, partition, offset).unwrap();
+        wait(admin.delete_records(&list, &AdminOptions::new())).unwrap();
     }
 
     /// Writes (key, value) pairs in order.
@@ -230,6 +235,19 @@ impl Kafka {
         }
         read
     }
+}
+
+/// On a thread of its own, as a test may be inside a runtime.
+fn wait<T: Send>(future: impl Future<Output = T> + Send) -> T {
+    std::thread::scope(|scope| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        scope
+            .spawn(move || runtime.block_on(future))
+            .join()
+            .unwrap()
+    })
 }
 
 pub(crate) fn send<'a>(

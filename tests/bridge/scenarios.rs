@@ -471,3 +471,60 @@ async fn kafka_may_come_late_and_go_away() {
         "also without kafka"
     );
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_kafka_let_go_of_is_passed_over_and_a_topic_made_anew_is_not() {
+    let kafka = kafka::shared();
+    let value = |n: usize| n.to_string();
+    let produce = |range: std::ops::Range<usize>| {
+        let values: Vec<String> = range.map(value).collect();
+        kafka.produce(
+            "anew",
+            values.iter().map(|v| (Some(&b"k"[..]), Some(v.as_bytes()))),
+        );
+    };
+    kafka.create_topic("anew", 1);
+    let cluster = Cluster::new("anew", bridge("b", &kafka.servers(), true, false));
+    let node = cluster.node();
+    node.own_all_slots(1);
+    produce(0..10);
+    let (first, _tasks) = start(&node, options());
+    until("the beginning", &[&first], || {
+        cluster.floor("anew", 0) == Some(10)
+    })
+    .await;
+    first.stop().await;
+    // While no bridge runs, retention takes what it has not seen.
+    produce(10..20);
+    kafka.expire("anew", 0, 15);
+    let (second, _tasks) = start(&node, options());
+    until("the rest", &[&second], || {
+        cluster.floor("anew", 0) == Some(20)
+    })
+    .await;
+    let channel = cluster.channel("/anew/k");
+    let expected: Vec<String> = (0..10).chain(15..20).map(value).collect();
+    let channel: Vec<&[u8]> = channel.iter().map(|d| &d.as_ref().unwrap()[..]).collect();
+    assert_eq!(
+        channel,
+        expected.iter().map(String::as_bytes).collect::<Vec<_>>()
+    );
+    kafka.delete_topic("anew");
+    let shown = || {
+        let status = second.status();
+        status[0]
+            .inbound
+            .iter()
+            .find(|p| p.topic == "anew")
+            .cloned()
+    };
+    until("the topic to be gone", &[&second], || shown().is_none()).await;
+    kafka.create_topic("anew", 1);
+    produce(0..3);
+    until("the new topic to be blocked", &[&second], || {
+        shown().is_some_and(|p| matches!(p.state, State::Blocked(_)))
+    })
+    .await;
+    assert_eq!(cluster.count("anew"), 15);
+    second.stop().await;
+}
