@@ -3,7 +3,7 @@
 //! *In*: a reader thread per bridge fetches the partitions whose slots this node owns; the importer task submits them in
 //! order, each with its source offset, which the replicated state keeps beside the data. *Out*: a thread per led shard
 //! produces the shard's log in transactions that hold the cursor too. What to do when something fails is decided by
-//! [`inbound`] and [`outbound`], which know no thread; what is absent is any trust in Kafka's consumer groups.
+//! `inbound` and `outbound`, which know no thread; what is absent is any trust in Kafka's consumer groups.
 
 mod cursor;
 mod exporter;

@@ -283,25 +283,44 @@ impl Driver {
         }
     }
 
-    /// The newest committed cursor of this shard's partition; read backwards in growing steps, as a long tail of
-    /// transaction markers and aborted records may lie behind it.
+    /// The newest committed cursor of this shard's partition.
+    ///
+    /// Read until two passes agree: a partition leader elected between the look at the end and the fetch may report
+    /// an end that is too early for a moment, but not to the look that follows (KIP-207).
     fn read_cursor(&self, topic: &str) -> Result<Option<Cursor>, Fault> {
         let Job {
             options, target, ..
         } = &self.job;
-        let partition = i32::try_from(self.job.shard.0).unwrap_or(i32::MAX);
         let consumer: BaseConsumer<Context> = (target.consumer(options))
             .set("enable.partition.eof", "true")
             .create_with_context(Context::new(&target.bridge))
             .map_err(|err| kafka::fault(&err))?;
-        let timeout = options.request_timeout();
+        let mut before = self.look_for_cursor(&consumer, topic)?;
+        loop {
+            let now = self.look_for_cursor(&consumer, topic)?;
+            if now == before {
+                return Ok(now);
+            }
+            before = now;
+        }
+    }
+
+    /// Reads backwards in growing steps, as a long tail of transaction markers and aborted records may lie behind the
+    /// newest cursor.
+    fn look_for_cursor(
+        &self,
+        consumer: &BaseConsumer<Context>,
+        topic: &str,
+    ) -> Result<Option<Cursor>, Fault> {
+        let partition = i32::try_from(self.job.shard.0).unwrap_or(i32::MAX);
+        let timeout = self.job.options.request_timeout();
         let (low, high) = consumer
             .fetch_watermarks(topic, partition, timeout)
             .map_err(|err| Fault::Retry(err.to_string()))?;
         let mut window = CURSOR_WINDOW;
         loop {
             let start = low.max(high.saturating_sub(window));
-            let newest = newest_value(&consumer, topic, partition, start, timeout)?;
+            let newest = newest_value(consumer, topic, partition, start, timeout)?;
             if let Some(value) = newest {
                 let cursor = Cursor::decode(&value);
                 return cursor
@@ -484,6 +503,8 @@ fn newest_value(
     let mut assignment = TopicPartitionList::new();
     assignment
         .add_partition_offset(topic, partition, Offset::Offset(start))
+        // Emptied first, so that nothing of a former pass is left in its queues.
+        .and_then(|()| consumer.unassign())
         .and_then(|()| consumer.assign(&assignment))
         .map_err(|err| Fault::Retry(err.to_string()))?;
     let mut newest = None;

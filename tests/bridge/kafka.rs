@@ -25,6 +25,9 @@ pub(crate) struct Kafka {
     controller_port: u16,
 }
 
+/// Key and value of a record.
+pub(crate) type Pair<'a> = (Option<&'a [u8]>, Option<&'a [u8]>);
+
 /// The one that all tests share that do not hurt it.
 pub(crate) fn shared() -> &'static Kafka {
     static SHARED: OnceLock<Kafka> = OnceLock::new();
@@ -176,11 +179,7 @@ impl Kafka {
     }
 
     /// Writes (key, value) pairs in order.
-    pub(crate) fn produce<'a>(
-        &self,
-        topic: &str,
-        records: impl IntoIterator<Item = (Option<&'a [u8]>, Option<&'a [u8]>)>,
-    ) {
+    pub(crate) fn produce<'a>(&self, topic: &str, records: impl IntoIterator<Item = Pair<'a>>) {
         let producer: BaseProducer = (self.config())
             .set("enable.idempotence", "true")
             .create()
@@ -253,7 +252,7 @@ fn wait<T: Send>(future: impl Future<Output = T> + Send) -> T {
 pub(crate) fn send<'a>(
     producer: &BaseProducer,
     topic: &str,
-    records: impl IntoIterator<Item = (Option<&'a [u8]>, Option<&'a [u8]>)>,
+    records: impl IntoIterator<Item = Pair<'a>>,
 ) {
     for (key, payload) in records {
         let mut record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic);

@@ -238,7 +238,7 @@ impl Upstream for Node {
     fn publish(&self, publish: Publish) -> BoxFuture<'static, Result<Outcome, PublishError>> {
         let nth = self.cluster.publishes.fetch_add(1, Ordering::Relaxed) + 1;
         let every = self.cluster.faults.load(Ordering::Relaxed);
-        let kind = (every > 0 && nth % every == 0).then(|| nth / every % 4);
+        let kind = (every > 0 && nth.is_multiple_of(every)).then(|| nth / every % 4);
         let lost = Err(PublishError::Indeterminate(ErrorInfo::from(
             ErrorCode::Timeout,
         )));

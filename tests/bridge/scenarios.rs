@@ -10,7 +10,7 @@ use firth::tasks::Tasks;
 use firth::wire::control;
 use rdkafka::producer::{BaseProducer, Producer as _};
 
-use crate::kafka::{self, Kafka, Read};
+use crate::kafka::{self, Kafka, Pair, Read};
 use crate::memory::{Cluster, Node};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -158,7 +158,7 @@ async fn values_of_every_kind_arrive_and_what_has_no_place_blocks_its_partition_
     let kafka = kafka::shared();
     kafka.create_topic("kinds", 1);
     kafka.create_topic("kinds-bad", 1);
-    let records: [(Option<&[u8]>, Option<&[u8]>); 4] = [
+    let records: [Pair<'_>; 4] = [
         (Some(b"k"), Some(b"text")),
         (Some(b"k"), Some(&[0xff, 0x00])),
         (Some(b"k"), None),
