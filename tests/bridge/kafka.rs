@@ -19,7 +19,8 @@ const START: Duration = Duration::from_secs(90);
 
 /// A running Kafka. It dies with this value, or with the test process: its shell waits for the pipe to close.
 pub(crate) struct Kafka {
-    shell: Child,
+    /// `None` while it is not running.
+    shell: Option<Child>,
     dir: PathBuf,
     port: u16,
     controller_port: u16,
@@ -64,7 +65,7 @@ impl Kafka {
         let dir = tempfile::tempdir().unwrap().keep();
         let controller_port = free_port();
         let mut kafka = Self {
-            shell: Command::new("true").spawn().unwrap(),
+            shell: None,
             dir,
             port,
             controller_port,
@@ -121,12 +122,12 @@ impl Kafka {
         let script = format!(
             "{java} >{dir}/out 2>&1 </dev/null & pid=$!; read line; kill -9 $pid; wait $pid; [ \"$line\" ] || rm -rf {dir}"
         );
-        self.shell = Command::new("sh")
+        let shell = Command::new("sh")
             .args(["-c", &script])
             .stdin(Stdio::piped())
             .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+            .spawn();
+        self.shell = Some(shell.unwrap());
         let deadline = Instant::now() + START;
         let client: BaseConsumer = self.config().create().unwrap();
         while client.fetch_metadata(None, Duration::from_secs(1)).is_err() {
@@ -141,9 +142,10 @@ impl Kafka {
     /// `kill -9`; the data stays.
     pub(crate) fn kill(&mut self) {
         use std::io::Write as _;
-        let mut stdin = self.shell.stdin.take().unwrap();
+        let mut shell = self.shell.take().unwrap();
+        let mut stdin = shell.stdin.take().unwrap();
         stdin.write_all(b"keep\n").unwrap();
-        self.shell.wait().unwrap();
+        shell.wait().unwrap();
     }
 
     pub(crate) fn servers(&self) -> String {
@@ -215,6 +217,7 @@ impl Kafka {
                 Some(Err(_)) => ended += 1,
                 Some(Ok(message)) => read.push(Read {
                     partition: message.partition(),
+                    offset: message.offset(),
                     key: message
                         .key()
                         .map(|k| String::from_utf8(k.to_vec()).unwrap()),
@@ -265,6 +268,7 @@ pub(crate) fn send<'a>(
 #[derive(Clone, Debug)]
 pub(crate) struct Read {
     pub(crate) partition: i32,
+    pub(crate) offset: i64,
     pub(crate) key: Option<String>,
     pub(crate) value: Option<Vec<u8>>,
     pub(crate) headers: BTreeMap<String, String>,
@@ -278,7 +282,10 @@ impl Read {
 
 impl Drop for Kafka {
     fn drop(&mut self) {
-        drop(self.shell.stdin.take());
-        let _ = self.shell.wait();
+        if let Some(mut shell) = self.shell.take() {
+            drop(shell.stdin.take());
+            let _ = shell.wait();
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }

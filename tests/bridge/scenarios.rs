@@ -132,6 +132,14 @@ async fn records_arrive_once_and_in_key_order_whoever_owns_them() {
         fenced(first_bridge.status())
     })
     .await;
+    // Some records are stored and their answers were lost: the floors follow when they have been tried again.
+    let read = kafka.read_committed("in-order");
+    let ends: BTreeMap<i32, i64> = read.iter().map(|r| (r.partition, r.offset + 1)).collect();
+    until("durable floors at the end", &bridges, || {
+        ends.iter()
+            .all(|(p, end)| cluster.floor("in-order", *p) == Some(*end))
+    })
+    .await;
     let stopping = Instant::now();
     first_bridge.stop().await;
     second_bridge.stop().await;
