@@ -57,6 +57,7 @@ pub(super) fn run(job: Job, stop: CancellationToken) {
         applied: job.upstream.applied(job.shard),
         producer: None,
         shown: State::Connecting,
+        told: None,
         job,
         stop,
     };
@@ -70,6 +71,7 @@ struct Driver {
     applied: watch::Receiver<u64>,
     producer: Option<BaseProducer<Context>>,
     shown: State,
+    told: Option<Fault>,
 }
 
 impl Driver {
@@ -84,6 +86,7 @@ impl Driver {
             }
             let step = self.exporter.step(Instant::now());
             if let Err(fault) = self.take(step) {
+                self.log(&fault);
                 self.exporter.on_fault(fault);
             }
             self.show();
@@ -95,6 +98,17 @@ impl Driver {
             warn!(shard = %self.job.shard, ?fault, "transaction left open at stop");
         }
         self.producer = None;
+    }
+
+    /// Each kind of trouble once, until it is over.
+    fn log(&mut self, fault: &Fault) {
+        let (bridge, shard) = (self.job.target.bridge.as_str(), self.job.shard.0);
+        if self.told.as_ref() == Some(fault) {
+            debug!(bridge, shard, ?fault, "export");
+        } else {
+            warn!(bridge, shard, ?fault, "export");
+            self.told = Some(fault.clone());
+        }
     }
 
     fn take(&mut self, step: Step<Outgoing>) -> Result<(), Fault> {
@@ -112,7 +126,7 @@ impl Driver {
             Step::Begin => {
                 self.producer()?.context().take_undelivered();
                 let begun = self.producer()?.begin_transaction();
-                begun.map_err(|err| kafka::fault(&err))?;
+                begun.map_err(|err| self.explain(kafka::fault(&err)))?;
                 self.exporter.on_begin(Instant::now());
             }
             Step::Produce(records) => {
@@ -269,25 +283,44 @@ impl Driver {
         }
     }
 
-    /// The newest committed cursor of this shard's partition; read backwards in growing steps, as a long tail of
-    /// transaction markers and aborted records may lie behind it.
+    /// The newest committed cursor of this shard's partition.
+    ///
+    /// Read until two passes agree: a partition leader elected between the look at the end and the fetch may report
+    /// an end that is too early for a moment, but not to the look that follows (KIP-207).
     fn read_cursor(&self, topic: &str) -> Result<Option<Cursor>, Fault> {
         let Job {
             options, target, ..
         } = &self.job;
-        let partition = i32::try_from(self.job.shard.0).unwrap_or(i32::MAX);
         let consumer: BaseConsumer<Context> = (target.consumer(options))
             .set("enable.partition.eof", "true")
             .create_with_context(Context::new(&target.bridge))
             .map_err(|err| kafka::fault(&err))?;
-        let timeout = options.request_timeout();
+        let mut before = self.look_for_cursor(&consumer, topic)?;
+        loop {
+            let now = self.look_for_cursor(&consumer, topic)?;
+            if now == before {
+                return Ok(now);
+            }
+            before = now;
+        }
+    }
+
+    /// Reads backwards in growing steps, as a long tail of transaction markers and aborted records may lie behind the
+    /// newest cursor.
+    fn look_for_cursor(
+        &self,
+        consumer: &BaseConsumer<Context>,
+        topic: &str,
+    ) -> Result<Option<Cursor>, Fault> {
+        let partition = i32::try_from(self.job.shard.0).unwrap_or(i32::MAX);
+        let timeout = self.job.options.request_timeout();
         let (low, high) = consumer
             .fetch_watermarks(topic, partition, timeout)
             .map_err(|err| Fault::Retry(err.to_string()))?;
         let mut window = CURSOR_WINDOW;
         loop {
             let start = low.max(high.saturating_sub(window));
-            let newest = newest_value(&consumer, topic, partition, start, timeout)?;
+            let newest = newest_value(consumer, topic, partition, start, timeout)?;
             if let Some(value) = newest {
                 let cursor = Cursor::decode(&value);
                 return cursor
@@ -400,11 +433,14 @@ impl Driver {
                 return Ok(());
             };
             let fault = kafka::fault(&error);
-            if !matches!(fault, Fault::Retry(_)) || Instant::now() > deadline {
-                return Err(match fault {
-                    Fault::Retry(_) | Fault::Fenced => fault,
-                    other => Fault::Fatal(format!("{other:?}")),
+            if !matches!(fault, Fault::Retry(_)) {
+                return Err(match self.explain(fault) {
+                    Fault::Fenced => Fault::Fenced,
+                    _ => Fault::Fatal(error.to_string()),
                 });
+            }
+            if Instant::now() > deadline {
+                return Err(fault);
             }
             producer.poll(Duration::from_millis(10));
         }
@@ -417,8 +453,12 @@ impl Driver {
             let (bridge, shard) = (self.job.target.bridge.as_str(), self.job.shard.0);
             match state {
                 State::Blocked(_) => error!(bridge, shard, %state, "export"),
-                State::Running | State::Connecting => info!(bridge, shard, %state, "export"),
-                State::Lagging(_) | State::Fenced => warn!(bridge, shard, %state, "export"),
+                State::Running => {
+                    info!(bridge, shard, %state, "export");
+                    self.told = None;
+                }
+                // Said when it happened.
+                State::Connecting | State::Lagging(_) | State::Fenced => {}
             }
             self.shown = state.clone();
         }
@@ -463,6 +503,8 @@ fn newest_value(
     let mut assignment = TopicPartitionList::new();
     assignment
         .add_partition_offset(topic, partition, Offset::Offset(start))
+        // Emptied first, so that nothing of a former pass is left in its queues.
+        .and_then(|()| consumer.unassign())
         .and_then(|()| consumer.assign(&assignment))
         .map_err(|err| Fault::Retry(err.to_string()))?;
     let mut newest = None;

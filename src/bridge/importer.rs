@@ -82,6 +82,7 @@ struct Importer {
     saving: Option<BoxFuture<'static, Result<(), String>>>,
     offered: BTreeMap<TopicPartition, (u64, i64)>,
     reading: State,
+    told: Option<String>,
 }
 
 /// Runs until stopped.
@@ -111,6 +112,7 @@ pub(super) async fn run(job: Job, stop: CancellationToken) -> anyhow::Result<()>
         saving: None,
         offered: BTreeMap::new(),
         reading: State::Connecting,
+        told: None,
         job,
     };
     let failed = tokio::select! {
@@ -234,12 +236,16 @@ impl Importer {
         }
     }
 
+    /// Said once, until it is over.
     fn on_unreachable(&mut self, reason: String) {
-        if self.reading == State::Running {
+        if self.told.as_ref() != Some(&reason) {
             warn!(
                 bridge = self.job.target.bridge,
                 reason, "kafka cannot be read"
             );
+            self.told = Some(reason.clone());
+        }
+        if self.reading != State::Connecting {
             self.reading = State::Lagging(reason);
         }
     }
@@ -252,6 +258,7 @@ impl Importer {
                 "kafka can be read"
             );
             self.reading = State::Running;
+            self.told = None;
         }
         if found != self.discovered {
             self.discovered = found;
@@ -452,7 +459,9 @@ impl Importer {
         }
         let moved = self.owned.iter().filter_map(|(at, owned)| {
             let offset = owned.machine.floor()?;
-            (Some(offset) > owned.durable).then(|| control::Floor {
+            // The floor of a fenced owner is its successor's to move.
+            let ours = owned.machine.state() != State::Fenced;
+            (ours && Some(offset) > owned.durable).then(|| control::Floor {
                 topic: at.0.clone(),
                 partition: at.1,
                 offset,

@@ -214,7 +214,15 @@ impl<R> Exporter<R> {
 
     /// The producer is the only one now, and this is where the former one ended; `None` when there never was one.
     pub(super) fn on_open(&mut self, cursor: Option<Cursor>) {
-        self.committed = cursor.unwrap_or_default();
+        let cursor = cursor.unwrap_or_default();
+        if cursor < self.committed {
+            let known = self.committed.index;
+            return self.on_fault(Fault::Blocked(format!(
+                "Kafka lost the cursor: it was at {known}, is at {}; going on would double what lies between",
+                cursor.index
+            )));
+        }
+        self.committed = cursor;
         self.position = self.committed.index;
         self.incarnation = self.committed.incarnation;
         self.in_transaction = 0;

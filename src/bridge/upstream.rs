@@ -24,7 +24,8 @@ pub trait Upstream: Send + Sync + 'static {
     /// The durable floor of each (topic, partition): every record below it is in its channel.
     fn floors(&self, bridge: &str) -> BTreeMap<(String, i32), i64>;
 
-    /// Makes floors durable; they never move backwards.
+    /// Makes floors durable; they never move backwards. A floor whose epoch is not its slot's present one is ignored
+    /// without holding back the others of the same call.
     ///
     /// # Errors
     /// A reason for the log; the bridge offers the (by then higher) floors again later.
@@ -56,10 +57,10 @@ pub trait Upstream: Send + Sync + 'static {
     fn applied(&self, shard: ShardId) -> watch::Receiver<u64>;
 
     /// Accepted (non-duplicate) records of the shard with log index > `after`, applied ones only, about `max_bytes`,
-    /// in log order, whole entries only.
+    /// in log order, whole entries only. `after` 0 is where a new bridge begins: at the oldest record that is held.
     ///
     /// # Errors
-    /// When the log cannot be read, or records after `after` are no longer held: never a page with a hole.
+    /// When the log cannot be read, or records after an `after` above 0 are no longer held: never a page with a hole.
     fn read_shard(
         &self,
         shard: ShardId,

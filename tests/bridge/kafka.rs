@@ -19,11 +19,15 @@ const START: Duration = Duration::from_secs(90);
 
 /// A running Kafka. It dies with this value, or with the test process: its shell waits for the pipe to close.
 pub(crate) struct Kafka {
-    shell: Child,
+    /// `None` while it is not running.
+    shell: Option<Child>,
     dir: PathBuf,
     port: u16,
     controller_port: u16,
 }
+
+/// Key and value of a record.
+pub(crate) type Pair<'a> = (Option<&'a [u8]>, Option<&'a [u8]>);
 
 /// The one that all tests share that do not hurt it.
 pub(crate) fn shared() -> &'static Kafka {
@@ -61,7 +65,7 @@ impl Kafka {
         let dir = tempfile::tempdir().unwrap().keep();
         let controller_port = free_port();
         let mut kafka = Self {
-            shell: Command::new("true").spawn().unwrap(),
+            shell: None,
             dir,
             port,
             controller_port,
@@ -118,12 +122,12 @@ impl Kafka {
         let script = format!(
             "{java} >{dir}/out 2>&1 </dev/null & pid=$!; read line; kill -9 $pid; wait $pid; [ \"$line\" ] || rm -rf {dir}"
         );
-        self.shell = Command::new("sh")
+        let shell = Command::new("sh")
             .args(["-c", &script])
             .stdin(Stdio::piped())
             .stderr(Stdio::null())
-            .spawn()
-            .unwrap();
+            .spawn();
+        self.shell = Some(shell.unwrap());
         let deadline = Instant::now() + START;
         let client: BaseConsumer = self.config().create().unwrap();
         while client.fetch_metadata(None, Duration::from_secs(1)).is_err() {
@@ -138,9 +142,10 @@ impl Kafka {
     /// `kill -9`; the data stays.
     pub(crate) fn kill(&mut self) {
         use std::io::Write as _;
-        let mut stdin = self.shell.stdin.take().unwrap();
+        let mut shell = self.shell.take().unwrap();
+        let mut stdin = shell.stdin.take().unwrap();
         stdin.write_all(b"keep\n").unwrap();
-        self.shell.wait().unwrap();
+        shell.wait().unwrap();
     }
 
     pub(crate) fn servers(&self) -> String {
@@ -156,26 +161,27 @@ impl Kafka {
     pub(crate) fn create_topic(&self, name: &str, partitions: i32) {
         let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
         let topic = NewTopic::new(name, partitions, TopicReplication::Fixed(1));
-        let created = admin.create_topics([&topic], &AdminOptions::new());
-        // On a thread of its own, as a test may be inside a runtime.
-        let created = std::thread::scope(|scope| {
-            let runtime = tokio::runtime::Builder::new_current_thread()
-                .build()
-                .unwrap();
-            scope
-                .spawn(move || runtime.block_on(created))
-                .join()
-                .unwrap()
-        });
+        let created = wait(admin.create_topics([&topic], &AdminOptions::new()));
         created.unwrap().remove(0).unwrap();
     }
 
+    pub(crate) fn delete_topic(&self, name: &str) {
+        let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
+        let deleted = wait(admin.delete_topics(&[name], &AdminOptions::new()));
+        deleted.unwrap().remove(0).unwrap();
+    }
+
+    /// As retention does: nothing below the offset is left.
+    pub(crate) fn expire(&self, topic: &str, partition: i32, offset: i64) {
+        let admin: AdminClient<DefaultClientContext> = self.config().create().unwrap();
+        let mut list = TopicPartitionList::new();
+        let offset = Offset::Offset(offset);
+        list.add_partition_offset(topic, partition, offset).unwrap();
+        wait(admin.delete_records(&list, &AdminOptions::new())).unwrap();
+    }
+
     /// Writes (key, value) pairs in order.
-    pub(crate) fn produce<'a>(
-        &self,
-        topic: &str,
-        records: impl IntoIterator<Item = (Option<&'a [u8]>, Option<&'a [u8]>)>,
-    ) {
+    pub(crate) fn produce<'a>(&self, topic: &str, records: impl IntoIterator<Item = Pair<'a>>) {
         let producer: BaseProducer = (self.config())
             .set("enable.idempotence", "true")
             .create()
@@ -211,6 +217,7 @@ impl Kafka {
                 Some(Err(_)) => ended += 1,
                 Some(Ok(message)) => read.push(Read {
                     partition: message.partition(),
+                    offset: message.offset(),
                     key: message
                         .key()
                         .map(|k| String::from_utf8(k.to_vec()).unwrap()),
@@ -232,10 +239,23 @@ impl Kafka {
     }
 }
 
+/// On a thread of its own, as a test may be inside a runtime.
+fn wait<T: Send>(future: impl Future<Output = T> + Send) -> T {
+    std::thread::scope(|scope| {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        scope
+            .spawn(move || runtime.block_on(future))
+            .join()
+            .unwrap()
+    })
+}
+
 pub(crate) fn send<'a>(
     producer: &BaseProducer,
     topic: &str,
-    records: impl IntoIterator<Item = (Option<&'a [u8]>, Option<&'a [u8]>)>,
+    records: impl IntoIterator<Item = Pair<'a>>,
 ) {
     for (key, payload) in records {
         let mut record: BaseRecord<'_, [u8], [u8]> = BaseRecord::to(topic);
@@ -248,6 +268,7 @@ pub(crate) fn send<'a>(
 #[derive(Clone, Debug)]
 pub(crate) struct Read {
     pub(crate) partition: i32,
+    pub(crate) offset: i64,
     pub(crate) key: Option<String>,
     pub(crate) value: Option<Vec<u8>>,
     pub(crate) headers: BTreeMap<String, String>,
@@ -261,7 +282,10 @@ impl Read {
 
 impl Drop for Kafka {
     fn drop(&mut self) {
-        drop(self.shell.stdin.take());
-        let _ = self.shell.wait();
+        if let Some(mut shell) = self.shell.take() {
+            drop(shell.stdin.take());
+            let _ = shell.wait();
+        }
+        let _ = std::fs::remove_dir_all(&self.dir);
     }
 }

@@ -196,6 +196,21 @@ fn another_incarnations_cursor_blocks() {
     );
 }
 
+#[test]
+fn a_cursor_that_went_back_blocks() {
+    let now = Instant::now();
+    let mut exporter = opened(now);
+    exporter.on_fault(Fault::Fatal("lost".into()));
+    exporter.step(now);
+    assert_eq!(exporter.step(now), Step::Close);
+    exporter.on_close();
+    assert_eq!(exporter.step(now), Step::Open);
+    exporter.on_open(None);
+    assert!(matches!(exporter.state(), State::Blocked(_)));
+    exporter.step(now);
+    assert_eq!(exporter.step(now), Step::Close);
+}
+
 /// Kafka: what is committed, and the one open transaction of the newest producer.
 #[derive(Default)]
 struct Kafka {
