@@ -3,11 +3,13 @@
 //!
 //! The same entries give the same state on every replica: time comes from the entries' stamps, maps are ordered.
 
+mod archive;
 mod checkpoint;
 mod index;
 mod shard;
 mod tests;
 
+pub use archive::{Archive, Archived, ChannelId, Place};
 pub use checkpoint::InvalidCheckpoint;
 pub use index::{Behind, RecordRef};
 pub use shard::{Applied, Error, Event, Outcome, Shard};

@@ -108,6 +108,7 @@ impl Publish {
             body: self.body,
             source: self.source,
             retention_ms: u64::try_from(retention.as_millis()).unwrap_or(u64::MAX),
+            ..Default::default()
         }
     }
 }

@@ -50,6 +50,7 @@ fn apply(
         version: entry::VERSION,
         stamp_ms,
         publishes,
+        ..Default::default()
     };
     let applied = shard.apply(index, entry.encode_to_vec().into()).unwrap();
     shard.check_invariants();

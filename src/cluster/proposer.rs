@@ -244,6 +244,7 @@ impl Task {
                 version: entry::VERSION,
                 stamp_ms: now_ms(),
                 publishes: Vec::new(),
+                ..Default::default()
             };
             // Only the leader's succeeds, and nothing depends on when it does.
             let _ = self.propose_in_time(entry.encode_to_vec().into()).await;
@@ -280,6 +281,7 @@ impl Plan {
             version: entry::VERSION,
             stamp_ms: now_ms(),
             publishes,
+            ..Default::default()
         };
         (!entry.publishes.is_empty()).then(|| entry.encode_to_vec().into())
     }
