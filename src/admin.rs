@@ -1,6 +1,6 @@
 //! The operator's side of a node: what it knows, over HTTP on a loopback address, and the calls the CLI makes.
 //!
-//! It only tells: commands and the credentials they need come with cluster operations.
+//! Its one command brings a node back that lost its data; credentials come with cluster operations, hence loopback only.
 
 pub mod call;
 mod status;
@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 
 use axum::extract::{Path, State};
 use axum::http::StatusCode;
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
 use tokio::net::TcpListener;
@@ -19,8 +19,9 @@ use tokio::sync::watch;
 
 use crate::bridge::Bridge;
 use crate::broker::Broker;
+use crate::cluster::ReadmitError;
 use crate::tasks::{OnError, Tasks};
-use crate::types::{ChannelKey, ChannelName};
+use crate::types::{ChannelKey, ChannelName, NodeId};
 
 /// Where operators are heard.
 #[derive(Clone, Debug)]
@@ -43,13 +44,34 @@ pub struct Serving {
     pub bridge: Bridge,
 }
 
-type Known = watch::Receiver<Option<Serving>>;
+#[derive(Clone, Debug)]
+struct Known {
+    serving: watch::Receiver<Option<Serving>>,
+    /// What a node that does not serve yet waits for.
+    phase: watch::Receiver<String>,
+}
+
+impl Known {
+    fn serving(&self) -> Result<Serving, Answer> {
+        let serving = self.serving.borrow().clone();
+        serving.ok_or_else(|| {
+            let phase = self.phase.borrow().clone();
+            let why = format!("the node does not serve yet: {phase}");
+            refuse(StatusCode::SERVICE_UNAVAILABLE, &why)
+        })
+    }
+}
 
 /// Starts to answer. Until `serving` holds something, the node is alive but not ready.
 ///
 /// # Errors
 /// When the port cannot be had.
-pub async fn start(options: &Options, serving: Known, tasks: &Tasks) -> Result<(), Error> {
+pub async fn start(
+    options: &Options,
+    serving: watch::Receiver<Option<Serving>>,
+    phase: watch::Receiver<String>,
+    tasks: &Tasks,
+) -> Result<(), Error> {
     let listen = options.listen;
     let bound = TcpListener::bind(listen).await;
     let listener = bound.map_err(|source| Error { listen, source })?;
@@ -58,7 +80,9 @@ pub async fn start(options: &Options, serving: Known, tasks: &Tasks) -> Result<(
         .route("/health/ready", get(ready))
         .route("/status", get(status))
         .route("/channels/{app}/{channel}", get(channel))
-        .with_state(serving);
+        .route("/nodes/{node}", get(node))
+        .route("/nodes/{node}/readmit", post(readmit))
+        .with_state(Known { serving, phase });
     tasks.spawn("admin.http", OnError::StopNode, |token| async move {
         let stopped = token.cancelled_owned();
         let served = axum::serve(listener, router).with_graceful_shutdown(stopped);
@@ -71,11 +95,12 @@ async fn live() -> &'static str {
     "live\n"
 }
 
-async fn ready(State(known): State<Known>) -> (StatusCode, &'static str) {
-    match *known.borrow() {
-        Some(_) => (StatusCode::OK, "ready\n"),
-        None => (StatusCode::SERVICE_UNAVAILABLE, "starting\n"),
+async fn ready(State(known): State<Known>) -> (StatusCode, String) {
+    if known.serving.borrow().is_some() {
+        return (StatusCode::OK, "ready\n".to_owned());
     }
+    let phase = known.phase.borrow().clone();
+    (StatusCode::SERVICE_UNAVAILABLE, format!("starting: {phase}\n"))
 }
 
 type Answer = (StatusCode, Json<Value>);
@@ -85,9 +110,9 @@ fn refuse(status: StatusCode, what: &str) -> Answer {
 }
 
 async fn status(State(known): State<Known>) -> Answer {
-    let serving = known.borrow().clone();
-    let Some(serving) = serving else {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the node is starting");
+    let serving = match known.serving() {
+        Ok(serving) => serving,
+        Err(answer) => return answer,
     };
     match serde_json::to_value(Status::of(&serving)) {
         Ok(status) => (StatusCode::OK, Json(status)),
@@ -99,9 +124,9 @@ async fn channel(
     State(known): State<Known>,
     Path((app, channel)): Path<(String, String)>,
 ) -> Answer {
-    let serving = known.borrow().clone();
-    let Some(serving) = serving else {
-        return refuse(StatusCode::SERVICE_UNAVAILABLE, "the node is starting");
+    let serving = match known.serving() {
+        Ok(serving) => serving,
+        Err(answer) => return answer,
     };
     let app = match app.parse() {
         Ok(app) => app,
@@ -117,4 +142,36 @@ async fn channel(
         StatusCode::OK,
         Json(json!({ "shard": place.shard.0, "leader": leader })),
     )
+}
+
+/// Whether a node is part of the cluster, or on its way back.
+async fn node(State(known): State<Known>, Path(node): Path<u64>) -> Answer {
+    let serving = match known.serving() {
+        Ok(serving) => serving,
+        Err(answer) => return answer,
+    };
+    let standing = serving.broker.cluster().standing(NodeId(node));
+    let Some(standing) = standing else {
+        return refuse(StatusCode::NOT_FOUND, &format!("there is no node {node}"));
+    };
+    let answer = json!({
+        "node": node,
+        "directory": standing.directory,
+        "readmitting": standing.readmitting,
+        "groups": standing.groups,
+        "votes_in": standing.votes_in,
+    });
+    (StatusCode::OK, Json(answer))
+}
+
+async fn readmit(State(known): State<Known>, Path(node): Path<u64>) -> Answer {
+    let serving = match known.serving() {
+        Ok(serving) => serving,
+        Err(answer) => return answer,
+    };
+    match serving.broker.cluster().readmit(NodeId(node)).await {
+        Ok(()) => (StatusCode::OK, Json(json!({ "node": node, "readmitting": true }))),
+        Err(err @ ReadmitError::Unknown(_)) => refuse(StatusCode::NOT_FOUND, &err.to_string()),
+        Err(err) => refuse(StatusCode::CONFLICT, &err.to_string()),
+    }
 }

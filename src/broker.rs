@@ -24,8 +24,8 @@ use crate::wire::control;
 /// How long a read waits for a leader and for this node's replica.
 const READ_PATIENCE: Duration = Duration::from_secs(5);
 
-/// What channels of an app without a namespace rule of their own are kept for.
-const RETENTION_DEFAULT: Duration = Duration::from_secs(120);
+/// What channels of an app without a namespace rule of their own are kept for, in milliseconds.
+const RETENTION_DEFAULT_MS: u64 = 120_000;
 
 /// A handle to the node's broker.
 #[derive(Clone, Debug)]
@@ -52,6 +52,12 @@ pub struct ShardStatus {
 }
 
 impl Broker {
+    /// The node's part in the cluster.
+    #[must_use]
+    pub const fn cluster(&self) -> &Cluster {
+        &self.cluster
+    }
+
     /// `hub` is the one the cluster was started with as its event sink.
     #[must_use]
     pub const fn new(cluster: Cluster, hub: Arc<Hub>) -> Self {
@@ -107,9 +113,9 @@ impl Broker {
     /// the outcome.
     #[must_use = "the outcome says whether it was stored"]
     pub fn publish(&self, publish: Publish) -> Published {
-        let retention = self.retention(&publish.key);
+        let rule = self.rule(&publish.key);
         let shard = self.cluster.shard_of(&publish.key);
-        Published::new(self.cluster.submit(shard, publish.into_entry(retention)))
+        Published::new(self.cluster.submit(shard, publish.into_entry(&rule)))
     }
 
     /// Records of a channel within `range`, at most `limit`, and whether the page was cut before that for its size.
@@ -149,20 +155,20 @@ impl Broker {
         Follower::start(self.cluster.clone(), &self.hub, key, from, waker, slot)
     }
 
-    /// How long a channel's records are kept.
-    fn retention(&self, key: &ChannelKey) -> Duration {
+    /// What of a channel is retained.
+    fn rule(&self, key: &ChannelKey) -> control::Namespace {
         let registry = self.cluster.registry();
         let registry = registry.borrow();
         let bootstrap = registry.bootstrap.as_ref();
         let apps = bootstrap.into_iter().flat_map(|bootstrap| &bootstrap.apps);
-        let namespaces = apps
+        let mut namespaces = apps
             .filter(|app| app.id == key.app.as_str())
             .flat_map(|app| &app.namespaces);
-        namespaces
-            .filter(|namespace| namespace.id == key.name.namespace())
-            .map(|namespace| Duration::from_millis(namespace.retention_ms))
-            .next()
-            .unwrap_or(RETENTION_DEFAULT)
+        let rule = namespaces.find(|namespace| namespace.id == key.name.namespace());
+        rule.cloned().unwrap_or_else(|| control::Namespace {
+            retention_ms: RETENTION_DEFAULT_MS,
+            ..Default::default()
+        })
     }
 }
 

@@ -3,24 +3,31 @@
 //! Every node votes in every group (clusters of 1, 3 or 5 nodes); placement on a subset of more nodes comes with
 //! membership changes.
 
+mod admission;
 mod balance;
+mod compare;
 mod control;
 mod forward;
 mod lane;
 mod proposer;
+mod readmit;
 mod registry;
 mod replica;
 mod start;
+mod upkeep;
 
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
+pub use readmit::{ReadmitError, Standing};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
 pub use replica::{EventSink, ShardPage, StoredRecord};
 pub use start::Parts;
+pub use upkeep::Options as UpkeepOptions;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::{Arc, Mutex, RwLockReadGuard};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, RwLockReadGuard};
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
@@ -28,6 +35,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::channel::{RecordRef, Shard};
 use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
+use crate::cluster::upkeep::Exported;
 use crate::placement;
 use crate::raft::{self, Group};
 use crate::transport::{self, Transport};
@@ -53,7 +61,9 @@ pub struct Options {
     pub shards: u32,
     /// What the cluster is born with; ignored by one that lives already.
     pub bootstrap: wire::Bootstrap,
-    pub raft: raft::Options,
+    pub upkeep: UpkeepOptions,
+    /// Records of one shard whose index entries are kept in memory; those of older ones are on disk.
+    pub records_in_memory_max: usize,
     /// Bytes of publishes that may wait for one shard on this node before publishers are refused.
     pub waiting_bytes_max: usize,
 }
@@ -71,6 +81,17 @@ pub enum Error {
     ShardCount(u32),
     #[error("the node is stopping")]
     Stopping,
+    #[error(
+        "the cluster knows {node} with data directory {registered}, this one is {found}: one of the two was copied or \
+         readmitted since"
+    )]
+    OtherDirectory {
+        node: NodeId,
+        registered: String,
+        found: String,
+    },
+    #[error("the log cannot be read: {0}")]
+    Log(#[source] io::Error),
 }
 
 /// Why a read could not be answered; trying again later may help.
@@ -94,7 +115,13 @@ struct Inner {
     transport: Transport,
     control: Group,
     registry: watch::Receiver<Arc<Registry>>,
-    shards: Vec<Replica>,
+    /// Empty until this node takes part in them.
+    shards: OnceLock<Vec<Replica>>,
+    /// Tells this node's data directory from every other.
+    directory: String,
+    /// Comparisons of states that agreed, and that did not.
+    compared: AtomicU64,
+    differed: AtomicU64,
     readers: Arc<Semaphore>,
     /// Nodes that said they are stopping, and when.
     leaving: Mutex<BTreeMap<NodeId, tokio::time::Instant>>,
@@ -110,6 +137,7 @@ struct Replica {
     state: State,
     applied: watch::Receiver<u64>,
     lane: Lane,
+    exported: Exported,
 }
 
 impl Cluster {
@@ -232,20 +260,49 @@ impl Cluster {
         self.0.transport.reachable().borrow().clone()
     }
 
+    /// Comparisons with the other replicas' states since the start: how many agreed, and how many did not.
+    #[must_use]
+    pub fn comparisons(&self) -> (u64, u64) {
+        let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        (count(&self.0.compared), count(&self.0.differed))
+    }
+
+    /// Everything in the shard's log up to `index` is where the bridge carries it: the log need not be kept for it.
+    pub fn exported(&self, shard: ShardId, bridge: &str, index: u64) {
+        self.replica(shard).exported.advance(bridge, index);
+    }
+
+    fn has_shards(&self) -> bool {
+        self.0.shards.get().is_some()
+    }
+
+    fn replicas(&self) -> &[Replica] {
+        self.0.shards.get().map_or(&[], Vec::as_slice)
+    }
+
     fn replica(&self, shard: ShardId) -> &Replica {
         let at = usize::try_from(shard.0).expect("a u32 fits a usize here");
-        &self.0.shards[at]
+        &self.replicas()[at]
+    }
+
+    /// `None` for a group that is not here, or not yet.
+    fn known_group(&self, id: GroupId) -> Option<&Group> {
+        match id.shard() {
+            None => Some(&self.0.control),
+            Some(shard) => {
+                let at = usize::try_from(shard.0).ok()?;
+                self.replicas().get(at).map(|replica| &replica.group)
+            }
+        }
     }
 
     fn group(&self, id: GroupId) -> &Group {
-        match id.shard() {
-            None => &self.0.control,
-            Some(shard) => &self.replica(shard).group,
-        }
+        self.known_group(id)
+            .expect("asked for only after the node takes part in its shards")
     }
 }
 
-/// Service numbers on the wire, for ever. 16 is the forwarding of publishes.
+/// Service numbers on the wire, for ever. 16 is the forwarding of publishes, 21 admission, 22 membership, 23 digests.
 const READ_INDEX: transport::Service = transport::Service(17);
 const CONTROL: transport::Service = transport::Service(18);
 const ALIVE: transport::Service = transport::Service(19);

@@ -3,6 +3,8 @@
 //!
 //! It is read and checked whole before any port is bound; whatever is wrong is named with file and field.
 
+mod storage;
+
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -15,7 +17,9 @@ use serde::{Deserialize, Serialize};
 use crate::session::Limits;
 use crate::types::{AppId, NodeId};
 use crate::wire::control;
-use crate::{admin, bridge, cluster, gateway, raft, storage, telemetry, transport};
+use crate::{admin, archive, bridge, cluster, gateway, raft, telemetry, transport};
+
+pub use self::storage::Storage;
 
 /// A configuration that cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -45,6 +49,8 @@ pub struct File {
     pub bootstrap: Bootstrap,
     #[serde(default)]
     pub raft: Raft,
+    #[serde(default)]
+    pub storage: Storage,
     #[serde(default)]
     pub limits: LimitsFile,
     #[serde(default)]
@@ -127,8 +133,22 @@ pub struct Key {
 #[serde(deny_unknown_fields)]
 pub struct Namespace {
     pub id: String,
+    /// At least two minutes, whatever is said here; at most 365 days.
+    #[serde(default)]
     pub retention_ms: u64,
+    /// Bytes of messages retained of one channel beyond those two minutes. 0: no limit.
+    #[serde(default)]
+    pub retention_bytes: u64,
+    /// Beyond those two minutes only a channel's newest record is retained.
+    #[serde(default)]
+    pub last_only: bool,
+    /// Nothing is part of history; who was away for less than two minutes still misses nothing.
+    #[serde(default)]
+    pub ephemeral: bool,
 }
+
+/// Longest retention: 365 days.
+const RETENTION_MS_MAX: u64 = 365 * 24 * 3_600_000;
 
 /// A Kafka cluster to mirror with, by the convention.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -219,8 +239,11 @@ const fn default_true() -> bool {
 #[derive(Debug)]
 pub struct Config {
     pub telemetry: telemetry::Options,
-    pub storage: storage::Options,
-    pub owner: storage::Owner,
+    pub storage: crate::storage::Options,
+    pub owner: crate::storage::Owner,
+    /// Older index entries.
+    pub archive: archive::Options,
+    pub raft: raft::Options,
     pub transport: transport::Options,
     pub cluster: cluster::Options,
     pub gateway: gateway::Options,
@@ -308,6 +331,12 @@ impl File {
         for (at, app) in self.bootstrap.apps.iter().enumerate() {
             (app.id.parse::<AppId>())
                 .map_err(|err| invalid(&format!("bootstrap.apps.{at}.id"), err.to_string()))?;
+            for (n, namespace) in app.namespaces.iter().enumerate() {
+                if namespace.retention_ms > RETENTION_MS_MAX {
+                    let field = format!("bootstrap.apps.{at}.namespaces.{n}.retention_ms");
+                    return Err(invalid(&field, "at most 365 days are possible".to_owned()));
+                }
+            }
             for (n, key) in app.keys.iter().enumerate() {
                 crate::auth::Capability::parse(&key.capability).map_err(|err| {
                     let field = format!("bootstrap.apps.{at}.keys.{n}.capability");
@@ -321,6 +350,8 @@ impl File {
                 "twice the heartbeat, election_min_ms and election_max_ms must ascend".to_owned();
             return Err(invalid("raft", reason));
         }
+        let storage = self.storage.check();
+        storage.map_err(|(field, reason)| invalid(&format!("storage.{field}"), reason))?;
         Ok(self.compose(raft))
     }
 
@@ -345,8 +376,10 @@ impl File {
             telemetry: telemetry::Options {
                 filter: self.log.filter,
             },
-            storage: storage::Options::new(self.data),
-            owner: storage::Owner {
+            storage: self.storage.log(self.data),
+            archive: self.storage.archive(),
+            raft: self.storage.raft(raft),
+            owner: crate::storage::Owner {
                 cluster_id: id.clone(),
                 node: self.node,
             },
@@ -356,7 +389,8 @@ impl File {
                 nodes,
                 shards: self.cluster.shards,
                 bootstrap: self.bootstrap.into_control(id, self.cluster.shards),
-                raft,
+                upkeep: self.storage.upkeep(),
+                records_in_memory_max: self.storage.records_in_memory,
                 waiting_bytes_max: self.limits.waiting_bytes_per_shard,
             },
             gateway: gateway::Options {
@@ -393,6 +427,9 @@ impl Bootstrap {
         let namespace = |namespace: Namespace| control::Namespace {
             id: namespace.id,
             retention_ms: namespace.retention_ms,
+            retention_bytes: namespace.retention_bytes,
+            last_only: namespace.last_only,
+            ephemeral: namespace.ephemeral,
         };
         let app = |app: App| control::App {
             id: app.id,

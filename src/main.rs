@@ -57,6 +57,27 @@ enum Admin {
         #[arg(short, long, value_parser = ["table", "json"], default_value = "table")]
         output: String,
     },
+    /// Nodes of the cluster
+    #[command(subcommand)]
+    Node(NodeCommand),
+}
+
+#[derive(Debug, Subcommand)]
+enum NodeCommand {
+    /// Let a node take part again that lost its data and was started with an empty directory.
+    ///
+    /// It leaves every group, and comes back into each: first it learns, and when it has everything it votes. The other nodes
+    /// serve meanwhile. Waits until that is done.
+    Readmit {
+        /// The node's number
+        node: u64,
+        /// The admin listener of another node
+        #[arg(long, default_value = "http://127.0.0.1:9080")]
+        url: String,
+        /// Return as soon as the cluster has decided it
+        #[arg(long)]
+        no_wait: bool,
+    },
 }
 
 #[derive(Debug, Subcommand)]
@@ -129,6 +150,9 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
                 "json" => say(&serde_json::to_string_pretty(&status)?)?,
                 _ => say(&admin::call::table(&status))?,
             }
+        }
+        Command::Admin(Admin::Node(NodeCommand::Readmit { node, url, no_wait })) => {
+            admin::call::readmit(&url, node, !no_wait, |line| say(&line)).await?;
         }
         Command::Certs(Certs::Ca { dir }) => certs::create_ca(&dir)?,
         Command::Certs(Certs::Node {

@@ -10,6 +10,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 
 use crate::admin::{self, Serving};
+use crate::archive::Archives;
 use crate::bridge::Bridge;
 use crate::broker::{Broker, Hub};
 use crate::cluster::{self, Cluster};
@@ -117,18 +118,24 @@ impl Node {
         let node = config.cluster.node;
         tracing::info!(%node, cluster = config.owner.cluster_id, "starting");
         let (storage, owner) = (config.storage, config.owner);
+        let (index, archive) = (storage.dir.join("index"), config.archive);
         let opened = tokio::task::spawn_blocking(move || open_log(&storage, &owner));
         let log = opened.await?.context("cannot open the data directory")?;
         let (serving_tx, serving_rx) = watch::channel(None);
-        admin::start(&config.admin, serving_rx, root).await?;
+        let (phase, phase_rx) = watch::channel("opening".to_owned());
+        admin::start(&config.admin, serving_rx, phase_rx, root).await?;
         let doors = root.group();
         let gateway = Gateway::bind(config.gateway).await?;
         let transport =
             Transport::start(config.transport, root).context("cannot reach other nodes")?;
         let hub = Arc::new(Hub::default());
+        let archives = tokio::task::spawn_blocking(move || Archives::open(index, archive)).await?;
+        let archives = archives.context("cannot open the index of older records")?;
         let parts = cluster::Parts {
-            host: Host::new(node, log.clone(), transport),
+            host: Host::new(node, log.clone(), transport, config.raft),
             sink: hub.clone(),
+            archive: Box::new(move |group| archives.shard(group)),
+            phase,
         };
         let cluster = Cluster::start(config.cluster, parts, root).await?;
         cluster.ready().await?;

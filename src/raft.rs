@@ -2,19 +2,25 @@
 //!
 //! Nothing outside this room names openraft: an alpha whose interfaces move with each release stays replaceable.
 
+mod adapter;
 mod codec;
 mod group;
 mod host;
+mod keeper;
+mod leadership;
 mod log_store;
 mod machine;
+mod members;
 mod network;
+mod rebuild;
 mod server;
+mod throttle;
 #[cfg(test)]
 mod tests;
 
 pub use group::{Error, Group, ProposeError};
 pub use host::Host;
-pub use machine::{Machine, Response};
+pub use machine::{Machine, Replay, Response, Restored};
 
 use std::fmt;
 use std::time::Duration;
@@ -33,6 +39,10 @@ pub struct Options {
     pub election_max: Duration,
     /// Entries in one replication request.
     pub entries_max: u64,
+    /// Bytes of log that a restart of the node replays at most for one group, about.
+    pub checkpoint_bytes: u64,
+    /// Bytes per second that this node sends to nodes which are catching up, all together. 0: no limit.
+    pub catch_up_bytes_per_second: u64,
 }
 
 impl Default for Options {
@@ -42,6 +52,8 @@ impl Default for Options {
             election_min: Duration::from_millis(400),
             election_max: Duration::from_millis(600),
             entries_max: 1024,
+            checkpoint_bytes: 32 << 20,
+            catch_up_bytes_per_second: 256 << 20,
         }
     }
 }
@@ -75,4 +87,4 @@ type Vote = openraft::alias::VoteOf<TypeConfig>;
 type Entry = openraft::alias::EntryOf<TypeConfig>;
 type Membership = openraft::Membership<u64, openraft::EmptyNode>;
 type StoredMembership = openraft::alias::StoredMembershipOf<TypeConfig>;
-type Raft = openraft::Raft<TypeConfig, machine::Adapter>;
+type Raft = openraft::Raft<TypeConfig, adapter::Adapter>;

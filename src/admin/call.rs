@@ -31,6 +31,18 @@ pub enum Error {
 /// # Errors
 /// When there is no answer, or not the answer 200.
 pub async fn get(url: &str, path: &str) -> Result<String, Error> {
+    call(url, "GET", path).await
+}
+
+/// Sends a command without a body to `path` of the admin listener at `url`.
+///
+/// # Errors
+/// When there is no answer, or not the answer 200.
+pub async fn post(url: &str, path: &str) -> Result<String, Error> {
+    call(url, "POST", path).await
+}
+
+async fn call(url: &str, method: &str, path: &str) -> Result<String, Error> {
     let authority = url
         .strip_prefix("http://")
         .map(|rest| rest.trim_end_matches('/'));
@@ -41,7 +53,7 @@ pub async fn get(url: &str, path: &str) -> Result<String, Error> {
     };
     let exchange = async {
         let mut stream = TcpStream::connect(authority).await?;
-        let head = format!("GET {path} HTTP/1.0\r\nHost: {authority}\r\n\r\n");
+        let head = format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nContent-Length: 0\r\n\r\n");
         stream.write_all(head.as_bytes()).await?;
         let mut answer = String::new();
         stream
@@ -67,6 +79,44 @@ pub async fn get(url: &str, path: &str) -> Result<String, Error> {
         }),
         None => Err(unreachable("the answer is not HTTP".to_owned())),
     }
+}
+
+/// How a node stands on its way back.
+#[derive(Debug, serde::Deserialize)]
+struct Standing {
+    readmitting: bool,
+    groups: usize,
+    votes_in: usize,
+}
+
+/// How often a readmission is looked at.
+const LOOK: Duration = Duration::from_millis(500);
+
+/// Has a node readmitted by the cluster of the node at `url`, and waits for it if told to. `say` hears how it goes.
+///
+/// # Errors
+/// When it is refused, or the node at `url` is lost sight of.
+pub async fn readmit(
+    url: &str,
+    node: u64,
+    wait: bool,
+    mut say: impl FnMut(String) -> anyhow::Result<()>,
+) -> anyhow::Result<()> {
+    post(url, &format!("/nodes/{node}/readmit")).await?;
+    say(format!("node {node} is being readmitted"))?;
+    let mut told = usize::MAX;
+    while wait {
+        let standing: Standing = serde_json::from_str(&get(url, &format!("/nodes/{node}")).await?)?;
+        if standing.votes_in != told {
+            told = standing.votes_in;
+            say(format!("votes in {told} of {} groups", standing.groups))?;
+        }
+        if !standing.readmitting && standing.votes_in == standing.groups {
+            return say(format!("node {node} is back"));
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+    Ok(())
 }
 
 /// What a node says of itself and its cluster.

@@ -182,4 +182,8 @@ impl Upstream for Below {
             })
         })
     }
+
+    fn exported(&self, shard: ShardId, bridge: &str, index: u64) {
+        self.broker.cluster().exported(shard, bridge, index);
+    }
 }

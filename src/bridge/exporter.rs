@@ -117,6 +117,7 @@ impl Driver {
             Step::Open => {
                 let cursor = self.open()?;
                 self.exporter.on_open(cursor);
+                self.say_exported();
             }
             Step::Read { after, wait } => {
                 if let Some(batch) = self.read(after, wait)? {
@@ -139,10 +140,12 @@ impl Driver {
                 self.produce_cursor(cursor)?;
                 self.commit()?;
                 self.exporter.on_commit();
+                self.say_exported();
             }
             Step::CommitAgain => {
                 self.commit()?;
                 self.exporter.on_commit();
+                self.say_exported();
             }
             Step::Abort => {
                 self.abort()?;
@@ -154,6 +157,12 @@ impl Driver {
             }
         }
         Ok(())
+    }
+
+    /// Lets the log go of what Kafka has.
+    fn say_exported(&self) {
+        let (job, through) = (&self.job, self.exporter.committed_through());
+        job.upstream.exported(job.shard, &job.target.bridge, through);
     }
 
     fn producer(&self) -> Result<&BaseProducer<Context>, Fault> {

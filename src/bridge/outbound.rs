@@ -154,6 +154,11 @@ impl<R> Exporter<R> {
     }
 
     /// Through which log index there is nothing left to export, in Kafka or by its nature.
+    /// The newest log index that a restart need not read again.
+    pub(super) const fn committed_through(&self) -> u64 {
+        self.committed.index
+    }
+
     pub(super) fn done_through(&self) -> u64 {
         match self.phase {
             Phase::Idle => self.position,

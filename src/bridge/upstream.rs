@@ -67,6 +67,9 @@ pub trait Upstream: Send + Sync + 'static {
         after: u64,
         max_bytes: usize,
     ) -> BoxFuture<'static, Result<ShardPage, String>>;
+
+    /// Kafka durably has everything of the shard's log up to `index`: the log need not be kept for this bridge.
+    fn exported(&self, shard: ShardId, bridge: &str, index: u64);
 }
 
 /// One record to store.

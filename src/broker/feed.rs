@@ -93,6 +93,13 @@ impl Tail {
         }
     }
 
+    /// Records up to `at` may be missing here.
+    fn forget(&mut self, at: Serial) {
+        self.records.clear();
+        self.bytes = 0;
+        self.evicted = self.evicted.max(Some(at));
+    }
+
     /// Up to `limit` records after `cursor`; `None` when something between it and the tail is missing. A follower that
     /// had everything since it joined has missed only what was evicted; for any other the records' links to their
     /// predecessors are the proof.
@@ -105,10 +112,11 @@ impl Tail {
         let start = self
             .records
             .partition_point(|record| record.at.serial <= cursor);
+        let nothing_evicted = self.evicted.is_none_or(|evicted| evicted <= cursor);
         let Some(first) = self.records.get(start) else {
-            return Some(Vec::new());
+            return nothing_evicted.then(Vec::new);
         };
-        let complete = since_join && self.evicted.is_none_or(|evicted| evicted <= cursor);
+        let complete = since_join && nothing_evicted;
         let linked = (first.at.predecessor).is_none_or(|before| before <= cursor);
         let gapless = complete || linked;
         gapless.then(|| {
@@ -207,6 +215,17 @@ impl EventSink for Hub {
             feed.followers().values().for_each(|follow| follow.wake());
         }
     }
+
+    /// Rare, so every feed is asked to look at the log again; those of other shards find nothing new there.
+    fn replaced(&self, _: ShardId, at: Serial) {
+        for stripe in &self.stripes {
+            let stripe = stripe.read().unwrap_or_else(|err| err.into_inner());
+            for feed in stripe.values() {
+                feed.tail().forget(at);
+                feed.followers().values().for_each(|follow| follow.wake());
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -270,6 +289,18 @@ mod tests {
             None,
             "evicted meanwhile"
         );
+    }
+
+    #[test]
+    fn a_tail_that_was_forgotten_serves_nobody_before_it() {
+        let mut tail = Tail::default();
+        tail.push(record(5, Some(3), 1));
+        tail.forget(at(9));
+        assert_eq!(indexes(tail.after(at(5), true, 9)), None);
+        assert_eq!(indexes(tail.after(at(9), true, 9)), Some(vec![]));
+        tail.push(record(12, Some(5), 1));
+        assert_eq!(indexes(tail.after(at(5), true, 9)), Some(vec![12]), "linked");
+        assert_eq!(indexes(tail.after(at(4), true, 9)), None);
     }
 
     #[test]

@@ -1,13 +1,11 @@
 //! One publish, from a door to its outcome.
 
-use std::time::Duration;
-
 use bytes::Bytes;
 
 use crate::channel::Outcome;
 use crate::cluster::{SubmitError, Submitted};
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Serial};
-use crate::wire::entry;
+use crate::wire::{control, entry};
 
 /// Messages to store as one record.
 #[derive(Clone, Debug, PartialEq)]
@@ -98,7 +96,7 @@ fn refused(err: SubmitError) -> PublishError {
 }
 
 impl Publish {
-    pub(super) fn into_entry(self, retention: Duration) -> entry::Publish {
+    pub(super) fn into_entry(self, rule: &control::Namespace) -> entry::Publish {
         entry::Publish {
             app: self.key.app.to_string(),
             channel: self.key.name.to_string(),
@@ -107,8 +105,11 @@ impl Publish {
             count: self.count,
             body: self.body,
             source: self.source,
-            retention_ms: u64::try_from(retention.as_millis()).unwrap_or(u64::MAX),
-            ..Default::default()
+            retention_ms: rule.retention_ms,
+            retention_bytes: rule.retention_bytes,
+            last_only: rule.last_only,
+            ephemeral: rule.ephemeral,
+            moved: None,
         }
     }
 }

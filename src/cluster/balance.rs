@@ -50,7 +50,8 @@ impl Cluster {
                 return;
             };
             let group = &self.replica(shard).group;
-            let able = reachable.contains(&preferred) && group.is_caught_up(preferred);
+            let votes = group.members().0.contains(&preferred);
+            let able = votes && reachable.contains(&preferred) && group.is_caught_up(preferred);
             if preferred != self.node() && able && moves < MOVES {
                 tracing::debug!(%shard, to = %preferred, "leadership goes to where it belongs");
                 group.transfer_to(preferred).await;
@@ -122,7 +123,8 @@ impl Cluster {
         let mut leadership = group.leadership();
         while leadership.borrow_and_update().leader == Some(self.node()) {
             let staying = self.staying();
-            let able = (staying.iter().copied()).find(|node| group.is_caught_up(*node));
+            let voters = group.members().0;
+            let able = (staying.intersection(&voters).copied()).find(|node| group.is_caught_up(*node));
             let Some(to) = able else {
                 if staying.is_empty() {
                     return;

@@ -10,7 +10,7 @@ use prost::Message as _;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{ALIVE, BRIDGE_SLOTS, CONTROL, Cluster, READ_INDEX};
+use crate::cluster::{ALIVE, BRIDGE_SLOTS, CONTROL, Cluster, READ_INDEX, Registry};
 use crate::placement;
 use crate::raft::{ProposeError, Response};
 use crate::tasks::{OnError, Tasks};
@@ -68,12 +68,9 @@ fn register(cluster: &Cluster, heard: &Heard) {
     let read_index = move |_: NodeId, group: GroupId, _: Bytes| {
         let this = this.clone();
         async move {
-            let known = group
-                .shard()
-                .is_none_or(|shard| shard.0 < this.0.options.shards);
-            let at = match known {
-                true => this.group(group).read_index().await,
-                false => None,
+            let at = match this.known_group(group) {
+                Some(group) => group.read_index().await,
+                None => None,
             };
             let at = at.map(|index| peer::LogId {
                 index,
@@ -104,9 +101,13 @@ fn register(cluster: &Cluster, heard: &Heard) {
     };
     transport.register(CONTROL, Arc::new(control));
     let heard = heard.clone();
-    let alive = move |from: NodeId, _: GroupId, _: Bytes| {
+    let this = cluster.clone();
+    let alive = move |from: NodeId, _: GroupId, body: Bytes| {
         hear(&heard, from);
-        async { Ok(peer::AliveResponse {}.encode_to_vec().into()) }
+        let this = this.clone();
+        async move {
+            let pulse = peer::Alive::decode(body).map_err(|err| err.to_string())?;
+            this.register_directory(from, pulse.directory).await; Ok(peer::AliveResponse {}.encode_to_vec().into()) }
     };
     transport.register(ALIVE, Arc::new(alive));
 }
@@ -205,12 +206,32 @@ impl Cluster {
         })
     }
 
+    /// Notes the data directory of a node that has none registered yet.
+    async fn register_directory(&self, node: NodeId, directory: String) {
+        let registry = self.registry().borrow().clone();
+        let born = registry.bootstrap.is_some();
+        let leads = self.control_leadership().borrow().leader == Some(self.node());
+        if !born || !leads || registry.directories.contains_key(&node) {
+            return;
+        }
+        let register = wire::RegisterDirectory {
+            node: node.0,
+            directory,
+            instead_of: String::new(),
+        };
+        self.command_or_warn(wire::entry::Command::RegisterDirectory(register))
+            .await;
+    }
+
     async fn send_pulse(&self) {
         let leader = self.control_leadership().borrow().leader;
-        let Some(leader) = leader.filter(|leader| *leader != self.node()) else {
-            return;
-        };
-        let body = peer::Alive {}.encode_to_vec().into();
+        let Some(leader) = leader else { return };
+        if leader == self.node() {
+            let directory = self.0.directory.clone();
+            return self.register_directory(leader, directory).await;
+        }
+        let directory = self.0.directory.clone();
+        let body = peer::Alive { directory }.encode_to_vec().into();
         let (transport, group) = (&self.0.transport, GroupId::CONTROL);
         // A pulse that does not arrive is what silence means.
         let _ = transport
@@ -241,12 +262,27 @@ impl Cluster {
                 continue;
             };
             hear(&heard, self.node());
+            self.found(&registry).await;
             // A new leader first listens for as long as a living node may be silent.
             if since.elapsed() > SILENCE_MAX {
                 for bridge in bootstrap.bridges.iter().filter(|bridge| bridge.inbound) {
                     self.assign_slots(&bridge.id, &alive(&heard)).await;
                 }
             }
+        }
+    }
+
+    /// Once every node is known by its directory and every shard is led, the cluster is founded: from then on no group is
+    /// ever given first voters.
+    async fn found(&self, registry: &Registry) {
+        let all_known = (self.nodes().keys()).all(|node| registry.directories.contains_key(node));
+        if registry.founded || !all_known || !self.has_shards() {
+            return;
+        }
+        let led = |shard| self.leadership(shard).borrow().leader.is_some();
+        if self.shards().all(led) {
+            self.command_or_warn(wire::entry::Command::Founded(wire::Founded {}))
+                .await;
         }
     }
 

@@ -15,6 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::channel::Outcome;
 use crate::cluster::replica::State;
+use crate::cluster::upkeep::Upkeep;
 use crate::raft::{Group, Response};
 use crate::types::{ChannelKey, ChannelName};
 use crate::wire::entry;
@@ -25,8 +26,8 @@ const ENTRY_BYTES: usize = 512 * 1024;
 const ENTRY_PUBLISHES: usize = 8192;
 /// How long an entry may take to be committed.
 const PROPOSE_PATIENCE: Duration = Duration::from_secs(5);
-/// How often a leader looks whether time alone has changed something.
-const TICK: Duration = Duration::from_secs(5);
+/// How often a leader looks whether something is due beside publishes.
+const TICK: Duration = Duration::from_secs(1);
 /// Batches that wait for the proposer beyond the entry in flight. What they hold is paid for by the lanes.
 const QUEUE: usize = 256;
 
@@ -61,12 +62,13 @@ pub(super) struct Session {
 
 impl Proposer {
     /// The handle, and the task's body.
-    pub(super) fn new(group: Group, state: State) -> (Self, Task) {
+    pub(super) fn new(group: Group, state: State, upkeep: Upkeep) -> (Self, Task) {
         let (batch_tx, batch_rx) = mpsc::channel(QUEUE);
         let epoch = Arc::new(AtomicU64::new(0));
         let task = Task {
             group,
             state,
+            upkeep,
             batch_rx,
             epoch: epoch.clone(),
         };
@@ -124,6 +126,7 @@ impl Room<'_> {
 pub(super) struct Task {
     group: Group,
     state: State,
+    upkeep: Upkeep,
     batch_rx: mpsc::Receiver<Batch>,
     epoch: Arc<AtomicU64>,
 }
@@ -237,17 +240,25 @@ impl Task {
         }
     }
 
-    /// Lets retention advance on a shard nobody publishes to.
-    async fn on_tick(&self) {
-        if self.state.read().has_due(now_ms()) {
+    /// Does what is due for the shard's log beside publishing. Publishers get their turn between two entries of it.
+    async fn on_tick(&mut self) {
+        let mut moved_bytes = 0;
+        while self.group.leads() {
+            let Some(due) = self.upkeep.look(now_ms(), &mut moved_bytes).await else {
+                return;
+            };
             let entry = entry::Entry {
                 version: entry::VERSION,
                 stamp_ms: now_ms(),
-                publishes: Vec::new(),
-                ..Default::default()
+                ..due.entry
             };
-            // Only the leader's succeeds, and nothing depends on when it does.
-            let _ = self.propose_in_time(entry.encode_to_vec().into()).await;
+            let proposed = self.propose_in_time(entry.encode_to_vec().into()).await;
+            if proposed.is_none() || !due.more {
+                return;
+            }
+            if let Ok(batch) = self.batch_rx.try_recv() {
+                self.on_batch(batch).await;
+            }
         }
     }
 }

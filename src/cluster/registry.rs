@@ -8,7 +8,8 @@ use prost::Message as _;
 use tokio::sync::watch;
 
 use crate::placement::Assignment;
-use crate::raft::{Machine, Response};
+use crate::channel::Archive;
+use crate::raft::{Machine, Replay, Response, Restored};
 use crate::types::NodeId;
 use crate::wire::control;
 
@@ -21,6 +22,12 @@ pub struct Registry {
     /// `None` until the cluster is born.
     pub bootstrap: Option<Arc<control::Bootstrap>>,
     pub bridges: BTreeMap<String, BridgeState>,
+    /// The data directory of each node: no other may vote in its name.
+    pub directories: BTreeMap<NodeId, String>,
+    /// Every group has its first voters.
+    pub founded: bool,
+    /// Nodes that lost their data and are on their way back, with their new directories.
+    pub readmitting: BTreeMap<NodeId, String>,
 }
 
 /// What is known of one bridge's reading side.
@@ -46,6 +53,41 @@ impl Registry {
             }
             Command::AssignSlots(change) => self.assign(change),
             Command::AdvanceFloors(change) => self.advance(change),
+            Command::RegisterDirectory(change) => self.register(change),
+            Command::Founded(control::Founded {}) => {
+                self.founded = true;
+                Ok(())
+            }
+            Command::Readmit(change) => self.readmit(change),
+            Command::Readmitted(control::Readmitted { node }) => {
+                self.readmitting.remove(&NodeId(node));
+                Ok(())
+            }
+        }
+    }
+
+    fn register(&mut self, change: control::RegisterDirectory) -> Result<(), String> {
+        let node = NodeId(change.node);
+        let known = self.directories.get(&node).map_or("", String::as_str);
+        if known == change.directory {
+            return Ok(());
+        }
+        if known != change.instead_of {
+            return Err(format!("{node} is registered with another directory"));
+        }
+        self.directories.insert(node, change.directory);
+        Ok(())
+    }
+
+    fn readmit(&mut self, change: control::Readmit) -> Result<(), String> {
+        let node = NodeId(change.node);
+        match self.directories.get(&node) {
+            None => Err(format!("{node} was never part of this cluster")),
+            Some(known) if *known == change.directory => Err(format!("{node} has its directory")),
+            Some(_) => {
+                self.readmitting.insert(node, change.directory);
+                Ok(())
+            }
         }
     }
 
@@ -95,6 +137,15 @@ impl Registry {
             offset: *offset,
             ..Default::default()
         };
+        let directory = |(node, directory): (&NodeId, &String)| control::RegisterDirectory {
+            node: node.0,
+            directory: directory.clone(),
+            ..Default::default()
+        };
+        let readmit = |(node, directory): (&NodeId, &String)| control::Readmit {
+            node: node.0,
+            directory: directory.clone(),
+        };
         let bridges = self.bridges.iter().map(|(id, state)| control::BridgeState {
             bridge: id.clone(),
             slots: state.slots.iter().map(slot).collect(),
@@ -104,6 +155,9 @@ impl Registry {
             version: control::VERSION,
             bootstrap: self.bootstrap.as_deref().cloned(),
             bridges: bridges.collect(),
+            directories: (self.directories.iter().map(directory)).collect(),
+            founded: self.founded,
+            readmitting: (self.readmitting.iter().map(readmit)).collect(),
         };
         snapshot.encode_to_vec().into()
     }
@@ -113,8 +167,17 @@ impl Registry {
         check_version(snapshot.version)?;
         let mut registry = Self {
             bootstrap: snapshot.bootstrap.map(Arc::new),
+            founded: snapshot.founded,
             ..Self::default()
         };
+        for known in snapshot.directories {
+            let node = NodeId(known.node);
+            registry.directories.insert(node, known.directory);
+        }
+        for known in snapshot.readmitting {
+            let node = NodeId(known.node);
+            registry.readmitting.insert(node, known.directory);
+        }
         for bridge in snapshot.bridges {
             let state = registry.bridges.entry(bridge.bridge).or_default();
             for slot in bridge.slots {
@@ -140,9 +203,14 @@ fn check_version(found: u32) -> Result<(), String> {
     Ok(())
 }
 
+/// Entries after which the control group's log starts anew behind the registry as it is then.
+const HORIZON_ENTRIES: u64 = 256;
+
 /// The registry as a replicated state machine that tells its followers.
 pub(super) struct ControlMachine {
     registry: Registry,
+    /// The registry at the horizon, encoded.
+    frozen: (u64, Bytes),
     registry_tx: watch::Sender<Arc<Registry>>,
     applied_tx: watch::Sender<u64>,
 }
@@ -153,10 +221,29 @@ impl ControlMachine {
         let (applied_tx, applied_rx) = watch::channel(0);
         let machine = Self {
             registry: Registry::default(),
+            frozen: (0, Bytes::new()),
             registry_tx,
             applied_tx,
         };
         (machine, registry_rx, applied_rx)
+    }
+}
+
+impl ControlMachine {
+    fn moved_on(&mut self, index: u64) {
+        if index >= self.frozen.0 + HORIZON_ENTRIES {
+            self.frozen = (index, self.registry.encode());
+        }
+        self.applied_tx.send_replace(index);
+    }
+
+    fn replace(&mut self, index: u64, state: Bytes) -> Result<(), String> {
+        self.registry = Registry::decode(state.clone())?;
+        self.frozen = (index, state);
+        self.registry_tx
+            .send_replace(Arc::new(self.registry.clone()));
+        self.applied_tx.send_replace(index);
+        Ok(())
     }
 }
 
@@ -167,23 +254,57 @@ impl Machine for ControlMachine {
         let result = self.registry.apply(entry);
         self.registry_tx
             .send_replace(Arc::new(self.registry.clone()));
-        self.applied_tx.send_replace(index);
+        self.moved_on(index);
         Ok(Response::Control(result))
     }
 
     fn skip(&mut self, index: u64) {
-        self.applied_tx.send_replace(index);
+        self.moved_on(index);
     }
 
     fn checkpoint(&self) -> Bytes {
         self.registry.encode()
     }
 
-    fn restore(&mut self, state: Bytes) -> Result<(), String> {
-        self.registry = Registry::decode(state)?;
-        self.registry_tx
-            .send_replace(Arc::new(self.registry.clone()));
+    fn checkpointed(&mut self, _: u64) -> Result<(), String> {
         Ok(())
+    }
+
+    fn restore(&mut self, index: u64, checkpoint: Bytes) -> Result<Restored, String> {
+        self.replace(index, checkpoint)?;
+        Ok(Restored::Whole)
+    }
+
+    fn archive(&self) -> Option<Arc<dyn Archive>> {
+        None
+    }
+
+    fn horizon(&self) -> u64 {
+        self.frozen.0
+    }
+
+    fn outline(&self) -> Bytes {
+        self.frozen.1.clone()
+    }
+
+    fn restore_outline(&mut self, index: u64, outline: Bytes) -> Result<(), String> {
+        self.replace(index, outline)
+    }
+
+    fn rebuild(&mut self, index: u64, outline: Bytes, replay: Replay<'_>) -> Result<(), String> {
+        let mut registry = Registry::decode(outline)?;
+        let mut applied = index;
+        while let Some((index, payload)) = replay().map_err(|err| err.to_string())? {
+            if let Some(payload) = payload {
+                let entry = control::Entry::decode(payload).map_err(|err| err.to_string())?;
+                check_version(entry.version)?;
+                // Refusals are part of the state's history, not failures.
+                let _ = registry.apply(entry);
+            }
+            applied = index;
+        }
+        let state = registry.encode();
+        self.replace(applied, state)
     }
 }
 

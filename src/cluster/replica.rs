@@ -7,14 +7,16 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::watch;
 
-use crate::channel::{Event, RecordRef, Shard};
-use crate::raft::{Group, Machine, Response};
+use crate::channel::{self, Archive, Event, InvalidCheckpoint, RecordRef, Shard};
+use crate::raft::{Group, Machine, Replay, Response, Restored};
 use crate::types::{Serial, ShardId};
 use crate::wire::entry;
 
 /// Hears of every record as it is applied on this node. Called from the state machine: must not block.
 pub trait EventSink: Send + Sync + 'static {
     fn advanced(&self, shard: ShardId, events: Vec<Event>);
+    /// The shard's state was replaced: records up to `at` may never have been told of.
+    fn replaced(&self, shard: ShardId, at: Serial);
 }
 
 /// The shard's state as readers share it.
@@ -22,10 +24,6 @@ pub trait EventSink: Send + Sync + 'static {
 pub(super) struct State(Arc<RwLock<Shard>>);
 
 impl State {
-    pub(super) fn new(incarnation: u16) -> Self {
-        Self(Arc::new(RwLock::new(Shard::new(incarnation))))
-    }
-
     pub(super) fn read(&self) -> RwLockReadGuard<'_, Shard> {
         (self.0.read()).expect("a panic while applying stops the group, so nobody comes after it")
     }
@@ -34,25 +32,34 @@ impl State {
 /// The shard as a replicated state machine.
 pub(super) struct ShardMachine {
     shard: ShardId,
+    options: channel::Options,
+    archive: Arc<dyn Archive>,
     state: State,
     sink: Arc<dyn EventSink>,
     applied_tx: watch::Sender<u64>,
 }
 
 impl ShardMachine {
+    /// The machine, the state it changes, and the newest index applied to it.
     pub(super) fn new(
         shard: ShardId,
-        state: State,
+        incarnation: u16,
+        options: channel::Options,
+        archive: Arc<dyn Archive>,
         sink: Arc<dyn EventSink>,
-    ) -> (Self, watch::Receiver<u64>) {
+    ) -> (Self, State, watch::Receiver<u64>) {
         let (applied_tx, applied_rx) = watch::channel(0);
+        let empty = Shard::new(incarnation, options, archive.clone());
+        let state = State(Arc::new(RwLock::new(empty)));
         let machine = Self {
             shard,
-            state,
+            options,
+            archive,
+            state: state.clone(),
             sink,
             applied_tx,
         };
-        (machine, applied_rx)
+        (machine, state, applied_rx)
     }
 
     fn with<R>(&self, change: impl FnOnce(&mut Shard) -> R) -> R {
@@ -61,6 +68,16 @@ impl ShardMachine {
             .as_mut()
             .expect("a panic while applying stops the group");
         change(shard)
+    }
+
+    /// Readers are told after the state is there: whoever looks then finds it.
+    fn was_replaced(&self) {
+        let (applied, now) = {
+            let state = self.state.read();
+            (state.applied(), state.now())
+        };
+        self.sink.replaced(self.shard, now);
+        self.applied_tx.send_replace(applied);
     }
 }
 
@@ -85,11 +102,63 @@ impl Machine for ShardMachine {
         self.state.read().encode()
     }
 
-    fn restore(&mut self, state: Bytes) -> Result<(), String> {
-        let restored = Shard::decode(state).map_err(|err| err.to_string())?;
-        let applied = restored.applied();
+    fn checkpointed(&mut self, index: u64) -> Result<(), String> {
+        let noted = self.with(|shard| shard.checkpointed(index));
+        noted.map_err(|err| err.to_string())
+    }
+
+    fn restore(&mut self, _: u64, checkpoint: Bytes) -> Result<Restored, String> {
+        match Shard::decode(checkpoint, self.options, self.archive.clone()) {
+            Ok(restored) => {
+                self.with(|shard| *shard = restored);
+                self.was_replaced();
+                Ok(Restored::Whole)
+            }
+            Err(InvalidCheckpoint::ArchiveBehind { .. }) => Ok(Restored::Unusable),
+            Err(err) => Err(err.to_string()),
+        }
+    }
+
+    fn archive(&self) -> Option<Arc<dyn Archive>> {
+        Some(self.archive.clone())
+    }
+
+    fn horizon(&self) -> u64 {
+        self.state.read().horizon()
+    }
+
+    fn outline(&self) -> Bytes {
+        self.state.read().outline()
+    }
+
+    fn restore_outline(&mut self, _: u64, outline: Bytes) -> Result<(), String> {
+        let (options, archive) = (self.options, self.archive.clone());
+        let restored = Shard::decode_outline(outline, options, archive);
+        let restored = restored.map_err(|err| err.to_string())?;
         self.with(|shard| *shard = restored);
-        self.applied_tx.send_replace(applied);
+        self.was_replaced();
+        Ok(())
+    }
+
+    fn rebuild(&mut self, _: u64, outline: Bytes, replay: Replay<'_>) -> Result<(), String> {
+        let (options, archive) = (self.options, self.archive.clone());
+        // Under the lock from the start: the state of now leans on the archive that is emptied for the new one.
+        self.with(|shard| {
+            let rebuilt = Shard::decode_outline(outline, options, archive);
+            let mut rebuilt = rebuilt.map_err(|err| err.to_string())?;
+            while let Some((index, payload)) = replay().map_err(|err| err.to_string())? {
+                match payload {
+                    Some(payload) => {
+                        let applied = rebuilt.apply(index, payload);
+                        applied.map_err(|err| err.to_string())?;
+                    }
+                    None => rebuilt.skip(index),
+                }
+            }
+            *shard = rebuilt;
+            Ok::<(), String>(())
+        })?;
+        self.was_replaced();
         Ok(())
     }
 }
@@ -121,7 +190,7 @@ pub(super) fn read_records(group: &Group, refs: &[RecordRef]) -> io::Result<Vec<
     let mut records = Vec::with_capacity(refs.len());
     let mut bytes = 0;
     for at in refs {
-        let index = at.serial.index;
+        let index = at.place.index;
         let entry = match current.take() {
             Some((read, entry)) if read == index => entry,
             _ => {
@@ -129,7 +198,7 @@ pub(super) fn read_records(group: &Group, refs: &[RecordRef]) -> io::Result<Vec<
                 decode(index, read.and_then(|(_, payload)| payload))?
             }
         };
-        let publish = entry.publishes.get(usize::from(at.serial.position));
+        let publish = entry.publishes.get(usize::from(at.place.position));
         let mut publish = publish.cloned().ok_or_else(|| missing(index))?;
         publish.body = Bytes::copy_from_slice(&publish.body);
         bytes += publish.body.len();
@@ -149,7 +218,15 @@ pub(super) fn read_page(
     after: u64,
     max_bytes: usize,
 ) -> io::Result<ShardPage> {
-    let applied = state.read().applied();
+    let (applied, horizon) = {
+        let state = state.read();
+        (state.applied(), state.horizon())
+    };
+    if after > 0 && after < horizon {
+        let what = format!("entries from {} to {horizon} are no longer held", after + 1);
+        return Err(io::Error::new(io::ErrorKind::NotFound, what));
+    }
+    let after = after.max(horizon);
     let entries = group.read_log(after + 1, applied, max_bytes)?;
     let mut page = ShardPage {
         records: Vec::new(),
@@ -162,7 +239,8 @@ pub(super) fn read_page(
         let entry = decode(index, Some(payload))?;
         let shard = state.read();
         for (position, publish) in (0_u16..).zip(entry.publishes) {
-            if !shard.is_dropped(index, position) {
+            // What was only moved stands in the log where it came first, or did.
+            if publish.moved.is_none() && !shard.is_dropped(index, position) {
                 let incarnation = shard.now().incarnation;
                 let serial = Serial {
                     incarnation,
@@ -174,6 +252,36 @@ pub(super) fn read_page(
         }
     }
     Ok(page)
+}
+
+/// Retained records in entries from `first` on, as publishes that move them: about `moved_bytes` of them, found in about
+/// `read_bytes` of log.
+pub(super) fn find_movable(
+    group: &Group,
+    state: &State,
+    first: u64,
+    applied: u64,
+    read_bytes: usize,
+    moved_bytes: usize,
+) -> io::Result<Vec<entry::Publish>> {
+    let mut found = Vec::new();
+    let mut bytes = 0;
+    for (index, payload) in group.read_log(first, applied, read_bytes)? {
+        let Some(payload) = payload else { continue };
+        let entry = decode(index, Some(payload))?;
+        let shard = state.read();
+        for (position, mut publish) in (0_u16..).zip(entry.publishes) {
+            if let Some(moved) = shard.movable(index, position, &publish) {
+                bytes += publish.encoded_len();
+                publish.moved = Some(moved);
+                found.push(publish);
+            }
+        }
+        if bytes >= moved_bytes {
+            break;
+        }
+    }
+    Ok(found)
 }
 
 fn decode(index: u64, payload: Option<Bytes>) -> io::Result<entry::Entry> {

@@ -1,16 +1,24 @@
 //! Putting the node's part of the cluster together, and taking it apart.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
+use tokio::sync::watch;
+
+use crate::channel::{self, Archive};
+use crate::cluster::admission::{Admission, Begin};
 use crate::cluster::forward::Door;
 use crate::cluster::lane::{Lane, Ways};
 use crate::cluster::proposer::Proposer;
 use crate::cluster::registry::ControlMachine;
-use crate::cluster::replica::{EventSink, ShardMachine, State};
-use crate::cluster::{Cluster, Error, Inner, Options, READERS, Replica, balance, control};
-use crate::raft::{Group, Host, Machine};
+use crate::cluster::replica::{EventSink, ShardMachine};
+use crate::cluster::upkeep::{Exported, Upkeep};
+use crate::cluster::{
+    Cluster, Error, Inner, Options, READERS, Registry, Replica, balance, compare, control, readmit,
+};
+use crate::raft::Host;
 use crate::stdx::{ByteBudget, stable_hash};
 use crate::tasks::{OnError, Tasks};
 use crate::types::{GroupId, NodeId, ShardId};
@@ -29,6 +37,10 @@ pub struct Parts {
     pub host: Host,
     /// Hears of every record applied on this node.
     pub sink: Arc<dyn EventSink>,
+    /// Where a group's older index entries are kept.
+    pub archive: Box<dyn Fn(GroupId) -> Arc<dyn Archive> + Send + Sync>,
+    /// Tells operators what a starting node waits for.
+    pub phase: watch::Sender<String>,
 }
 
 impl std::fmt::Debug for Parts {
@@ -50,47 +62,103 @@ impl Cluster {
             return Err(Error::ShardCount(options.shards));
         }
         let transport = parts.host.transport().clone();
-        let start = Starter {
-            options: &options,
-            parts: &parts,
-            tasks,
-        };
         let (machine, registry, _) = ControlMachine::new();
-        let control = start.group(GroupId::CONTROL, Box::new(machine)).await?;
-        let mut shards = Vec::new();
-        let mut proposers = Vec::new();
-        for shard in (0..options.shards).map(ShardId) {
-            let (replica, proposer) = start.shard(shard).await?;
-            shards.push(replica);
-            proposers.push(proposer);
-        }
-        Door { proposers }.register(&transport);
+        let admission = Admission {
+            node: options.node,
+            others: (options.nodes.keys().copied())
+                .filter(|node| *node != options.node)
+                .collect(),
+            directory: parts.host.directory().to_owned(),
+            transport: transport.clone(),
+            registry: registry.clone(),
+            phase: parts.phase.clone(),
+        };
+        let unborn = admission.answer(&parts.host).map_err(Error::Log)?;
+        let begin = match unborn {
+            true => Some(admission.ask().await),
+            false => {
+                admission.confirm().await?;
+                None
+            }
+        };
+        let control = parts
+            .host
+            .start(GroupId::CONTROL, Box::new(machine), tasks)
+            .await?;
         let cluster = Self(Arc::new(Inner {
             options,
             transport,
             control,
             registry,
-            shards,
+            shards: OnceLock::new(),
+            directory: admission.directory,
+            compared: AtomicU64::new(0),
+            differed: AtomicU64::new(0),
             leaving: std::sync::Mutex::default(),
             readers: Arc::new(tokio::sync::Semaphore::new(READERS)),
         }));
+        if begin == Some(Begin::Found) && cluster.is_first() {
+            cluster.0.control.initialize(&cluster.voters()).await?;
+        }
         control::start(&cluster, tasks);
+        readmit::start(&cluster, tasks);
+        parts
+            .phase
+            .send_replace("waiting for the cluster's registry to name this node".to_owned());
+        cluster.is_registered().await?;
+        cluster.start_shards(&parts, tasks).await?;
+        compare::start(&cluster, tasks);
         balance::start(&cluster, tasks);
-        cluster.initialize().await?;
+        parts
+            .phase
+            .send_replace("catching up with the cluster".to_owned());
         Ok(cluster)
     }
 
-    /// The node with the lowest number gives groups that never had any their first voters.
-    async fn initialize(&self) -> Result<(), Error> {
-        let voters: BTreeSet<NodeId> = self.nodes().keys().copied().collect();
-        if voters.first() != Some(&self.node()) {
-            return Ok(());
+    async fn start_shards(&self, parts: &Parts, tasks: &Tasks) -> Result<(), Error> {
+        let start = Starter {
+            cluster: self,
+            parts,
+            tasks,
+        };
+        let mut shards = Vec::new();
+        let mut proposers = Vec::new();
+        for shard in self.shards() {
+            let (replica, proposer) = start.shard(shard).await?;
+            shards.push(replica);
+            proposers.push(proposer);
         }
-        self.0.control.initialize(&voters).await?;
-        for replica in &self.0.shards {
-            replica.group.initialize(&voters).await?;
+        let founded = self.registry().borrow().founded;
+        if !founded && self.is_first() {
+            for replica in &shards {
+                replica.group.initialize(&self.voters()).await?;
+            }
         }
+        // Set once, here.
+        let _ = self.0.shards.set(shards);
+        Door { proposers }.register(&self.0.transport);
         Ok(())
+    }
+
+    fn voters(&self) -> BTreeSet<NodeId> {
+        self.nodes().keys().copied().collect()
+    }
+
+    /// The node with the lowest number gives groups that never had any their first voters.
+    fn is_first(&self) -> bool {
+        self.nodes().keys().next() == Some(&self.node())
+    }
+
+    /// Waits until the registry here names this node's directory: before that it acknowledges nothing of a shard, so that
+    /// a directory that did is always known.
+    async fn is_registered(&self) -> Result<(), Error> {
+        let mut registry = self.registry();
+        let node = self.node();
+        let named = |registry: &Arc<Registry>| {
+            registry.directories.get(&node) == Some(&self.0.directory)
+        };
+        let named = registry.wait_for(named).await;
+        named.map(|_| ()).map_err(|_| Error::Stopping)
     }
 
     /// Waits until the cluster is born, each group has a leader, and this node shows what was acknowledged before:
@@ -101,7 +169,7 @@ impl Cluster {
     pub async fn ready(&self) -> Result<(), Error> {
         let mut registry = self.registry();
         let born = registry
-            .wait_for(|registry| registry.bootstrap.is_some())
+            .wait_for(|registry| registry.bootstrap.is_some() && registry.founded)
             .await;
         let created = born.map_err(|_| Error::Stopping)?;
         let created = created
@@ -132,7 +200,7 @@ impl Cluster {
         if tokio::time::timeout(grace, self.hand_over()).await.is_err() {
             tracing::warn!("not every leadership was handed over in time; an election follows");
         }
-        for replica in &self.0.shards {
+        for replica in self.replicas() {
             replica.group.stop().await;
         }
         self.0.control.stop().await;
@@ -140,36 +208,48 @@ impl Cluster {
 }
 
 struct Starter<'a> {
-    options: &'a Options,
+    cluster: &'a Cluster,
     parts: &'a Parts,
     tasks: &'a Tasks,
 }
 
 impl Starter<'_> {
-    async fn group(&self, id: GroupId, machine: Box<dyn Machine>) -> Result<Group, Error> {
-        let (host, options) = (&self.parts.host, &self.options.raft);
-        Ok(host.start(id, machine, options, self.tasks).await?)
-    }
-
     async fn shard(&self, shard: ShardId) -> Result<(Replica, Proposer), Error> {
-        let state = State::new(incarnation(&self.options.bootstrap.cluster_id));
-        let (machine, applied) = ShardMachine::new(shard, state.clone(), self.parts.sink.clone());
-        let group = self
-            .group(GroupId::of_shard(shard), Box::new(machine))
-            .await?;
-        let (proposer, task) = Proposer::new(group.clone(), state.clone());
+        let options = &self.cluster.0.options;
+        let id = GroupId::of_shard(shard);
+        let (machine, state, applied) = ShardMachine::new(
+            shard,
+            incarnation(&options.bootstrap.cluster_id),
+            channel::Options {
+                records_max: options.records_in_memory_max,
+            },
+            (self.parts.archive)(id),
+            self.parts.sink.clone(),
+        );
+        let started = self.parts.host.start(id, Box::new(machine), self.tasks);
+        let group = started.await?;
+        let exported = Exported::default();
+        let upkeep = Upkeep::new(
+            shard,
+            options.upkeep.clone(),
+            group.clone(),
+            state.clone(),
+            self.cluster.registry(),
+            exported.clone(),
+        );
+        let (proposer, task) = Proposer::new(group.clone(), state.clone(), upkeep);
         self.tasks
             .spawn("cluster.proposer", OnError::StopNode, |token| {
                 task.run(token)
             });
         let ways = Ways {
-            node: self.options.node,
+            node: options.node,
             group: group.id(),
             leadership: group.leadership(),
             proposer: proposer.clone(),
             transport: self.parts.host.transport().clone(),
         };
-        let (lane, task) = Lane::new(ways, ByteBudget::new(self.options.waiting_bytes_max));
+        let (lane, task) = Lane::new(ways, ByteBudget::new(options.waiting_bytes_max));
         self.tasks
             .spawn("cluster.lane", OnError::StopNode, |token| task.run(token));
         let replica = Replica {
@@ -177,6 +257,7 @@ impl Starter<'_> {
             state,
             applied,
             lane,
+            exported,
         };
         Ok((replica, proposer))
     }

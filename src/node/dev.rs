@@ -301,6 +301,9 @@ fn bootstrap(kept: &Kept) -> anyhow::Result<config::Bootstrap> {
     let namespace = config::Namespace {
         id: "persisted".to_owned(),
         retention_ms: PERSISTED_MS,
+        retention_bytes: 0,
+        last_only: false,
+        ephemeral: false,
     };
     let app = config::App {
         id: "app".to_owned(),

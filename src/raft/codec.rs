@@ -82,7 +82,7 @@ pub(super) fn membership_in(membership: peer::Membership) -> io::Result<Membersh
     Membership::new(configs, nodes).map_err(|err| io::Error::new(io::ErrorKind::InvalidData, err))
 }
 
-fn entry_out(entry: &Entry) -> peer::LogEntry {
+pub(super) fn entry_out(entry: &Entry) -> peer::LogEntry {
     use peer::log_entry::Payload as Out;
     let payload = match &entry.payload {
         EntryPayload::Blank => Out::Blank(true),
@@ -95,7 +95,7 @@ fn entry_out(entry: &Entry) -> peer::LogEntry {
     }
 }
 
-fn entry_in(entry: peer::LogEntry) -> io::Result<Entry> {
+pub(super) fn entry_in(entry: peer::LogEntry) -> io::Result<Entry> {
     use peer::log_entry::Payload as In;
     let payload = match entry.payload.ok_or_else(|| incomplete("its payload"))? {
         In::Blank(_) => EntryPayload::Blank,

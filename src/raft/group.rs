@@ -4,21 +4,22 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::io;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use bytes::Bytes;
 use openraft::async_runtime::WatchReceiver as _;
-use openraft::errors::{
-    ClientWriteError, Fatal, InitializeError, LinearizableReadError, RaftError,
-};
-use openraft::{Config, EmptyNode, ReadPolicy, ServerState, SnapshotPolicy};
+use openraft::errors::{ClientWriteError, InitializeError, LinearizableReadError, RaftError};
+use openraft::{Config, EmptyNode, ReadPolicy, SnapshotPolicy};
 use tokio::sync::watch;
 
+use crate::raft::adapter::Adapter;
 use crate::raft::host::Parts;
+use crate::raft::keeper::Keeper;
 use crate::raft::log_store::{LogStore, normal_payload};
-use crate::raft::machine::Adapter;
 use crate::raft::network::Factory;
-use crate::raft::{Machine, Options, Payload, Raft, Response};
+use crate::raft::rebuild::other_outline;
+use crate::raft::{Machine, Options, Payload, Raft, Response, leadership};
 use crate::storage::GroupLog;
 use crate::tasks::{OnError, Tasks};
 use crate::types::{GroupId, Leadership, NodeId};
@@ -31,6 +32,9 @@ pub enum Error {
     #[error("{group}: {reason}")]
     Raft { group: GroupId, reason: String },
 }
+
+/// How long a snapshot may take in all; each of its parts has a deadline of its own.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_secs(3600);
 
 /// Why a proposal has no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -50,10 +54,15 @@ pub enum ProposeError {
 #[derive(Clone)]
 pub struct Group {
     id: GroupId,
-    raft: Raft,
-    log: GroupLog,
+    pub(super) raft: Raft,
+    pub(super) log: GroupLog,
+    pub(super) adapter: Adapter,
     leadership: watch::Receiver<Leadership>,
+    health: Health,
 }
+
+/// Whether the replica can prove its log. Clones share it.
+pub(super) type Health = Arc<std::sync::atomic::AtomicBool>;
 
 impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -78,21 +87,39 @@ impl Group {
         let failed = |reason: String| Error::Raft { group: id, reason };
         let config = config(id, options).validate();
         let config = Arc::new(config.map_err(|err| failed(err.to_string()))?);
-        let machine = Adapter::open(machine, parts.snapshots)
-            .map_err(|source| Error::Storage { group: id, source })?;
+        let storage = |source| Error::Storage { group: id, source };
+        let opened = Adapter::open(machine, parts.snapshots.clone(), parts.log.clone());
+        let (adapter, usable) = opened.map_err(storage)?;
+        if !usable {
+            let (meta, outline) = other_outline(id, &parts).await;
+            adapter.adopt(&meta, outline).await.map_err(storage)?;
+        }
         let factory = Factory {
-            transport: parts.transport,
+            transport: parts.transport.clone(),
             group: id,
+            catch_up: parts.catch_up,
         };
-        let log = LogStore(parts.log.clone());
-        let raft = Raft::new(parts.node.0, config, factory, log, machine).await;
+        let store = LogStore(parts.log.clone());
+        let raft = Raft::new(parts.node.0, config, factory, store, adapter.clone()).await;
         let raft = raft.map_err(|err| failed(err.to_string()))?;
-        let leadership = follow_leadership(id, &raft, tasks);
+        let leadership = leadership::follow(id, &raft, parts.transport, tasks);
+        let keeper = Keeper {
+            raft: raft.clone(),
+            adapter: adapter.clone(),
+            log: parts.log.clone(),
+            checkpoint_bytes: options.checkpoint_bytes,
+            turns: parts.turns,
+        };
+        tasks.spawn("raft.keeper", OnError::StopNode, move |token| {
+            keeper.run(id, token)
+        });
         Ok(Self {
             id,
             raft,
             log: parts.log,
+            adapter,
             leadership,
+            health: Health::new(true.into()),
         })
     }
 
@@ -171,6 +198,13 @@ impl Group {
         self.leadership.clone()
     }
 
+    /// Whether this node leads, as far as it knows.
+    #[must_use]
+    pub fn leads(&self) -> bool {
+        let leader = self.leadership.borrow().leader;
+        leader == Some(NodeId(*self.raft.node_id()))
+    }
+
     /// Committed commands from `first` on, with their log indexes, about `max_bytes` of them but at least one,
     /// none past `last`. The caller knows that `last` is applied. May read the disk.
     ///
@@ -192,10 +226,34 @@ impl Group {
             .collect())
     }
 
-    /// Stops the group on this node.
+    /// Stops the group on this node, where a restart goes on without replaying anything.
     pub async fn stop(&self) {
         if let Err(err) = self.raft.shutdown().await {
             tracing::warn!(group = %self.id, error = %err, "group did not stop cleanly");
+        }
+        if let Err(err) = self.adapter.checkpoint().await {
+            tracing::warn!(group = %self.id, error = %err, "no last checkpoint was made");
+        }
+    }
+
+    /// Payload bytes of the log as it is here.
+    #[must_use]
+    pub fn log_bytes(&self) -> u64 {
+        self.log.bytes()
+    }
+
+    /// Segments of the node's log that begin after the group's oldest entry: what purging may set free.
+    #[must_use]
+    pub fn newer_segments(&self) -> usize {
+        self.log.newer_segments()
+    }
+
+    /// # Errors
+    /// While the replica cannot prove its log.
+    pub(super) fn may_vote(&self) -> Result<(), String> {
+        match self.health.load(Ordering::Acquire) {
+            true => Ok(()),
+            false => Err(format!("{}: this replica's log is being repaired", self.id)),
         }
     }
 
@@ -231,54 +289,10 @@ fn config(id: GroupId, options: &Options) -> Config {
         snapshot_policy: SnapshotPolicy::Never,
         max_in_snapshot_log_to_keep: u64::MAX,
         max_payload_entries: options.entries_max,
+        // Each part of a snapshot has its own deadline.
+        install_snapshot_timeout: millis(SNAPSHOT_PATIENCE),
         api_channel_size: Some(4096),
         backoff: "20ms 50ms 100ms 200ms ...500ms".to_owned(),
         ..Config::default()
     }
-}
-
-/// Tells who leads as it changes, and stops the node when the group has failed: a replica that cannot write its
-/// log keeps no promise.
-fn follow_leadership(id: GroupId, raft: &Raft, tasks: &Tasks) -> watch::Receiver<Leadership> {
-    let (leadership_tx, leadership) = watch::channel(Leadership::default());
-    let mut metrics = raft.metrics();
-    tasks.spawn(
-        "raft.leadership",
-        OnError::StopNode,
-        move |token| async move {
-            loop {
-                let (now, state) = {
-                    let seen = metrics.borrow_watched();
-                    let leads =
-                        seen.state != ServerState::Leader || seen.current_leader == Some(seen.id);
-                    let now = Leadership {
-                        leader: seen.current_leader.filter(|_| leads).map(NodeId),
-                        term: seen.current_term,
-                    };
-                    (now, seen.running_state.clone())
-                };
-                match state {
-                    Ok(()) => {}
-                    Err(Fatal::Stopped) => return Ok(()),
-                    Err(err) => return Err(anyhow::anyhow!("{id}: {err}")),
-                }
-                leadership_tx.send_if_modified(|known| {
-                    let changed = *known != now;
-                    *known = now;
-                    changed
-                });
-                tokio::select! {
-                    () = token.cancelled() => return Ok(()),
-                    changed = metrics.changed() => if changed.is_err() {
-                    // A stopped group says so before it goes; one that panicked does not.
-                    return match metrics.borrow_watched().running_state {
-                        Err(Fatal::Stopped) => Ok(()),
-                        _ => Err(anyhow::anyhow!("{id}: its task ended unexpectedly")),
-                    };
-                },
-                }
-            }
-        },
-    );
-    leadership
 }

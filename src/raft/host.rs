@@ -1,6 +1,12 @@
 //! What every group of a node stands on.
 
+use std::sync::Arc;
+
+use tokio::sync::Semaphore;
+
+use crate::raft::log_store::normal_payload;
 use crate::raft::server::Server;
+use crate::raft::throttle::Throttle;
 use crate::raft::{Error, Group, Machine, Options};
 use crate::storage::{GroupLog, Log, SnapshotFile};
 use crate::tasks::Tasks;
@@ -14,7 +20,13 @@ pub struct Host {
     log: Log,
     transport: Transport,
     server: Server,
+    /// Checkpoints being made at a time: each holds a state's bytes in memory.
+    turns: Arc<Semaphore>,
+    catch_up: Throttle,
+    options: Options,
 }
+
+const CHECKPOINTS: usize = 2;
 
 /// What one group stands on.
 #[derive(Debug)]
@@ -23,12 +35,14 @@ pub(super) struct Parts {
     pub(super) log: GroupLog,
     pub(super) snapshots: SnapshotFile,
     pub(super) transport: Transport,
+    pub(super) turns: Arc<Semaphore>,
+    pub(super) catch_up: Throttle,
 }
 
 impl Host {
     /// Answers Raft's calls on this transport from now on.
     #[must_use]
-    pub fn new(node: NodeId, log: Log, transport: Transport) -> Self {
+    pub fn new(node: NodeId, log: Log, transport: Transport, options: Options) -> Self {
         let server = Server::default();
         server.register(&transport);
         Self {
@@ -36,6 +50,9 @@ impl Host {
             log,
             transport,
             server,
+            turns: Arc::new(Semaphore::new(CHECKPOINTS)),
+            catch_up: Throttle::new(options.catch_up_bytes_per_second),
+            options,
         }
     }
 
@@ -47,7 +64,6 @@ impl Host {
         &self,
         id: GroupId,
         machine: Box<dyn Machine>,
-        options: &Options,
         tasks: &Tasks,
     ) -> Result<Group, Error> {
         let parts = Parts {
@@ -55,10 +71,33 @@ impl Host {
             log: self.log.group(id),
             snapshots: self.log.snapshot(id),
             transport: self.transport.clone(),
+            turns: self.turns.clone(),
+            catch_up: self.catch_up.clone(),
         };
-        let group = Group::start(id, parts, machine, options, tasks).await?;
+        let group = Group::start(id, parts, machine, &self.options, tasks).await?;
         self.server.add(group.clone());
         Ok(group)
+    }
+
+    /// Whether nothing was ever decided in the group's log on this node: no command stands in it, nor did.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn is_unborn(&self, id: GroupId) -> std::io::Result<bool> {
+        /// A founding takes fewer entries.
+        const ENTRIES: u64 = 16;
+        let log = self.log.group(id);
+        if log.purged().is_some() || log.last().is_some_and(|last| last.index >= ENTRIES) {
+            return Ok(false);
+        }
+        let entries = log.read(0..ENTRIES, usize::MAX)?;
+        Ok(entries.into_iter().all(|entry| normal_payload(entry).is_none()))
+    }
+
+    /// Tells the node's data directory from every other.
+    #[must_use]
+    pub fn directory(&self) -> &str {
+        self.log.directory_id()
     }
 
     #[must_use]

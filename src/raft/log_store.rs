@@ -2,9 +2,10 @@
 
 use std::fmt::Debug;
 use std::io;
-use std::ops::{Bound, RangeBounds};
+use std::ops::{Bound, RangeBounds, RangeInclusive};
 
 use bytes::Bytes;
+use futures_util::{Stream, TryStreamExt as _, stream};
 use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::{EntryPayload, OptionalSend, RaftLogReader};
 use prost::Message as _;
@@ -16,6 +17,9 @@ use crate::storage::{self, GroupLog};
 
 /// Bytes of entries in one replication request; a single larger entry still goes alone.
 const REQUEST_BYTES: usize = 1 << 20;
+
+/// Bytes of entries read at a time on their way to the state machine.
+const PAGE_BYTES: usize = 4 << 20;
 
 /// Kinds of entries on disk. Numbers are for ever.
 const BLANK: u8 = 0;
@@ -82,16 +86,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         &mut self,
         range: RB,
     ) -> io::Result<Vec<Entry>> {
-        let start = match range.start_bound() {
-            Bound::Included(start) => *start,
-            Bound::Excluded(before) => before + 1,
-            Bound::Unbounded => 0,
-        };
-        let end = match range.end_bound() {
-            Bound::Included(last) => last + 1,
-            Bound::Excluded(end) => *end,
-            Bound::Unbounded => u64::MAX,
-        };
+        let (start, end) = bounds(&range);
         read(&self.0, start, end, usize::MAX)
     }
 
@@ -100,9 +95,70 @@ impl RaftLogReader<TypeConfig> for LogStore {
         vote.map(|vote| vote_in(Some(vote))).transpose()
     }
 
+    /// Page by page: the whole range may be more than memory holds.
+    async fn entries_stream<RB: RangeBounds<u64> + Clone + Debug + OptionalSend>(
+        &mut self,
+        range: RB,
+    ) -> impl Stream<Item = io::Result<Entry>> + OptionalSend {
+        let (start, end) = bounds(&range);
+        let log = self.0.clone();
+        let pages = stream::try_unfold(start, move |next| {
+            let page = read(&log, next, end, PAGE_BYTES);
+            async move {
+                let page = page?;
+                let last = page.last().map(|entry| entry.log_id.index);
+                Ok::<_, io::Error>(last.map(|last| (stream::iter(page.into_iter().map(Ok)), last + 1)))
+            }
+        });
+        Box::pin(pages.try_flatten())
+    }
+
+    /// The last entry of each leader, without reading any.
+    async fn get_key_log_ids(&mut self, range: RangeInclusive<LogId>) -> io::Result<Vec<LogId>> {
+        let (first, last) = (*range.start(), *range.end());
+        let starts = self.0.leader_starts();
+        let ends = starts.windows(2).map(|pair| storage::LogId {
+            index: pair[1].index - 1,
+            ..pair[0]
+        });
+        let inside = |id: &storage::LogId| (first.index..last.index).contains(&id.index);
+        let mut keys: Vec<LogId> = ends.filter(inside).map(id_in).collect();
+        keys.push(last);
+        Ok(keys)
+    }
+
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
         read(&self.0, start, end, REQUEST_BYTES)
     }
+}
+
+impl LogStore {
+    /// Entries from `first` on, before `end`, about as many as fit a request.
+    pub(super) fn read_page(&self, first: u64, end: u64) -> io::Result<Vec<Entry>> {
+        read(&self.0, first, end, REQUEST_BYTES)
+    }
+}
+
+/// First index, and one past the last.
+fn bounds(range: &impl RangeBounds<u64>) -> (u64, u64) {
+    let start = match range.start_bound() {
+        Bound::Included(start) => *start,
+        Bound::Excluded(before) => before + 1,
+        Bound::Unbounded => 0,
+    };
+    let end = match range.end_bound() {
+        Bound::Included(last) => last + 1,
+        Bound::Excluded(end) => *end,
+        Bound::Unbounded => u64::MAX,
+    };
+    (start, end)
+}
+
+/// Waits until everything handed to the log so far is durable.
+pub(super) async fn barrier(log: &GroupLog) -> io::Result<()> {
+    let (done, durable) = completion();
+    log.append(Vec::new(), done)?;
+    durable.await
 }
 
 fn read(log: &GroupLog, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {

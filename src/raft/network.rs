@@ -15,13 +15,12 @@ use prost::Message as _;
 use crate::raft::codec::{
     self, AppendRequest, AppendResponse, VoteRequest, VoteResponse, log_id_out, vote_in, vote_out,
 };
-use crate::raft::machine::snapshot_out;
+use crate::raft::adapter::{Snapshot, snapshot_out};
+use crate::raft::throttle::Throttle;
 use crate::raft::{TypeConfig, Vote};
 use crate::transport::{CallError, Lane, Service, Transport};
 use crate::types::{GroupId, NodeId};
 use crate::wire::peer;
-
-type Snapshot = openraft::alias::SnapshotOf<TypeConfig, Bytes>;
 
 /// Service numbers on the wire. Numbers are for ever.
 pub(super) const APPEND: Service = Service(1);
@@ -29,11 +28,22 @@ pub(super) const VOTE: Service = Service(2);
 pub(super) const PRE_VOTE: Service = Service(3);
 pub(super) const SNAPSHOT: Service = Service(4);
 pub(super) const TRANSFER: Service = Service(5);
+pub(super) const OUTLINE: Service = Service(6);
+pub(super) const FETCH: Service = Service(7);
+
+/// How long a request with entries may take: a slow link or disk is no reason to send it again.
+const ENTRIES_PATIENCE: Duration = Duration::from_secs(5);
+/// Bytes of entries from which on a request that only catches up is kept off the way of heartbeats.
+const BULK_BYTES: usize = 32 << 10;
+/// A snapshot travels in parts of this size, and each part may take so long.
+const PART_BYTES: usize = 4 << 20;
+const PART_PATIENCE: Duration = Duration::from_secs(30);
 
 /// Makes the clients of one group.
 pub(super) struct Factory {
     pub(super) transport: Transport,
     pub(super) group: GroupId,
+    pub(super) catch_up: Throttle,
 }
 
 /// One group's way to one node.
@@ -41,6 +51,7 @@ pub(super) struct Client {
     transport: Transport,
     group: GroupId,
     target: NodeId,
+    catch_up: Throttle,
 }
 
 impl RaftNetworkFactory<TypeConfig> for Factory {
@@ -51,6 +62,7 @@ impl RaftNetworkFactory<TypeConfig> for Factory {
             transport: self.transport.clone(),
             group: self.group,
             target: NodeId(target),
+            catch_up: self.catch_up.clone(),
         }
     }
 }
@@ -77,6 +89,37 @@ impl Client {
     }
 }
 
+impl Client {
+    /// The answer to the last part is the answer to the snapshot; a higher vote in an earlier one ends it.
+    async fn send_snapshot(
+        &self,
+        vote: Vote,
+        snapshot: Snapshot,
+    ) -> Result<SnapshotResponse<TypeConfig>, RPCError<TypeConfig>> {
+        let whole = snapshot.snapshot;
+        let mut request = snapshot_out(&snapshot.meta, Bytes::new());
+        request.vote = Some(vote_out(&vote));
+        request.total = whole.len() as u64;
+        let mut offset = 0;
+        loop {
+            let end = (offset + PART_BYTES).min(whole.len());
+            request.offset = offset as u64;
+            request.state = whole.slice(offset..end);
+            let body: Bytes = request.encode_to_vec().into();
+            self.catch_up.take(body.len()).await;
+            let answer = self
+                .call(Lane::Bulk, SNAPSHOT, body, PART_PATIENCE)
+                .await?;
+            let response: peer::SnapshotResponse = codec::decode(answer).map_err(undecodable)?;
+            let theirs = vote_in(response.vote).map_err(undecodable)?;
+            offset = end;
+            if offset == whole.len() || theirs > vote {
+                return Ok(SnapshotResponse::new(theirs));
+            }
+        }
+    }
+}
+
 /// An answer that does not decode: the peer is of another version or defective.
 fn undecodable(err: io::Error) -> RPCError<TypeConfig> {
     RPCError::Network(NetworkError::new(&err))
@@ -91,9 +134,21 @@ impl RaftNetworkV2<TypeConfig> for Client {
         option: RPCOption,
     ) -> Result<AppendResponse, RPCError<TypeConfig>> {
         let body = codec::append_out(&rpc);
-        let answer = self
-            .call(Lane::Raft, APPEND, body, option.hard_ttl())
-            .await?;
+        let deadline = match rpc.entries.is_empty() {
+            true => option.hard_ttl(),
+            false => ENTRIES_PATIENCE,
+        };
+        // What was committed without this follower reaches it without delaying anyone.
+        let committed = rpc.leader_commit.map_or(0, |id| id.index);
+        let behind = (rpc.entries.last()).is_some_and(|last| last.log_id.index <= committed);
+        let lane = match behind && body.len() > BULK_BYTES {
+            true => {
+                self.catch_up.take(body.len()).await;
+                Lane::Bulk
+            }
+            false => Lane::Raft,
+        };
+        let answer = self.call(lane, APPEND, body, deadline).await?;
         codec::append_response_in(answer).map_err(undecodable)
     }
 
@@ -124,20 +179,12 @@ impl RaftNetworkV2<TypeConfig> for Client {
         vote: Vote,
         snapshot: Snapshot,
         cancel: impl Future<Output = ReplicationClosed> + Send + 'static,
-        option: RPCOption,
+        _: RPCOption,
     ) -> Result<SnapshotResponse<TypeConfig>, StreamingError<TypeConfig>> {
-        let mut request = snapshot_out(&snapshot.meta, &snapshot.snapshot);
-        request.vote = Some(vote_out(&vote));
-        let body = request.encode_to_vec().into();
-        let sent = self.call(Lane::Bulk, SNAPSHOT, body, option.hard_ttl());
-        let answer = tokio::select! {
-            closed = cancel => return Err(closed.into()),
-            answer = sent => answer?,
-        };
-        let response: peer::SnapshotResponse = codec::decode(answer).map_err(undecodable)?;
-        Ok(SnapshotResponse::new(
-            vote_in(response.vote).map_err(undecodable)?,
-        ))
+        tokio::select! {
+            closed = cancel => Err(closed.into()),
+            answer = self.send_snapshot(vote, snapshot) => Ok(answer?),
+        }
     }
 
     async fn transfer_leader(

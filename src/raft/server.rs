@@ -1,27 +1,39 @@
 //! Answers other nodes' Raft calls for the groups that live here.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use futures_util::future::BoxFuture;
 use openraft::raft::TransferLeaderRequest;
 use prost::Message as _;
 
+use crate::raft::adapter::{Snapshot, snapshot_in};
 use crate::raft::codec::{self, log_id_in, vote_in, vote_out};
-use crate::raft::machine::snapshot_in;
-use crate::raft::{Group, Raft, TypeConfig, network};
+use crate::raft::{Group, network};
 use crate::transport::{Handler, Service, Transport};
 use crate::types::{GroupId, NodeId};
 use crate::wire::peer;
-
-type Snapshot = openraft::alias::SnapshotOf<TypeConfig, Bytes>;
 
 /// The groups of this node, reachable by number.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Server {
     groups: Arc<RwLock<BTreeMap<GroupId, Group>>>,
+    /// Snapshots of which parts have arrived. One per group: a group has one leader.
+    arriving: Arc<Mutex<BTreeMap<GroupId, Arriving>>>,
 }
+
+/// The first parts of a snapshot.
+#[derive(Debug)]
+struct Arriving {
+    from: NodeId,
+    /// All but its bytes.
+    of: peer::SnapshotRequest,
+    bytes: BytesMut,
+}
+
+/// A snapshot larger than this is refused rather than gathered in memory.
+const SNAPSHOT_BYTES_MAX: u64 = 1 << 30;
 
 impl Server {
     /// Answers Raft's calls on this transport from now on.
@@ -32,6 +44,8 @@ impl Server {
             network::PRE_VOTE,
             network::SNAPSHOT,
             network::TRANSFER,
+            network::OUTLINE,
+            network::FETCH,
         ];
         for service in services {
             let groups = self.clone();
@@ -44,9 +58,44 @@ impl Server {
         groups.insert(group.id(), group);
     }
 
-    fn raft(&self, group: GroupId) -> Option<Raft> {
+    fn group(&self, group: GroupId) -> Option<Group> {
         let groups = self.groups.read().unwrap_or_else(|err| err.into_inner());
-        groups.get(&group).map(|group| group.raft().clone())
+        groups.get(&group).cloned()
+    }
+
+    /// Adds a part, and returns the whole once it is there.
+    fn gather(
+        &self,
+        from: NodeId,
+        group: GroupId,
+        mut part: peer::SnapshotRequest,
+    ) -> Result<Option<peer::SnapshotRequest>, String> {
+        if part.total > SNAPSHOT_BYTES_MAX {
+            return Err(format!("a snapshot of {} bytes is too large", part.total));
+        }
+        let bytes = std::mem::take(&mut part.state);
+        let offset = std::mem::take(&mut part.offset);
+        let mut arriving = self.arriving.lock().unwrap_or_else(PoisonError::into_inner);
+        if offset == 0 {
+            let first = Arriving {
+                from,
+                of: part.clone(),
+                bytes: BytesMut::new(),
+            };
+            arriving.insert(group, first);
+        }
+        let known = arriving.get_mut(&group);
+        let known = known.filter(|known| {
+            known.from == from && known.of == part && known.bytes.len() as u64 == offset
+        });
+        let known = known.ok_or("the part does not continue a snapshot that is arriving")?;
+        known.bytes.extend_from_slice(&bytes);
+        if (known.bytes.len() as u64) < part.total {
+            return Ok(None);
+        }
+        let whole = arriving.remove(&group).map(|whole| whole.bytes.freeze());
+        part.state = whole.unwrap_or_default();
+        Ok(Some(part))
     }
 }
 
@@ -58,53 +107,88 @@ struct Door {
 impl Handler for Door {
     fn handle(
         &self,
-        _: NodeId,
+        from: NodeId,
         group: GroupId,
         body: Bytes,
     ) -> BoxFuture<'static, Result<Bytes, String>> {
-        let (raft, service) = (self.groups.raft(group), self.service);
+        let (server, service) = (self.groups.clone(), self.service);
         Box::pin(async move {
-            let raft = raft.ok_or_else(|| format!("{group} is not here"))?;
-            answer(&raft, service, body).await
+            let here = server.group(group);
+            let here = here.ok_or_else(|| format!("{group} is not here"))?;
+            match service {
+                network::SNAPSHOT => snapshot(&server, &here, from, body).await,
+                network::OUTLINE => outline(&here),
+                network::FETCH => fetch(&here, body).await,
+                _ => answer(&here, service, body).await,
+            }
         })
     }
 }
 
-async fn answer(raft: &Raft, service: Service, body: Bytes) -> Result<Bytes, String> {
-    let text = |err: &dyn std::fmt::Display| err.to_string();
+fn text(err: impl std::fmt::Display) -> String {
+    err.to_string()
+}
+
+async fn snapshot(
+    server: &Server,
+    group: &Group,
+    from: NodeId,
+    body: Bytes,
+) -> Result<Bytes, String> {
+    let part: peer::SnapshotRequest = codec::decode(body).map_err(text)?;
+    let vote = part.vote;
+    let Some(mut whole) = server.gather(from, group.id(), part)? else {
+        return Ok(peer::SnapshotResponse { vote }.encode_to_vec().into());
+    };
+    let vote = vote_in(whole.vote.take()).map_err(text)?;
+    let (meta, snapshot) = snapshot_in(whole).map_err(text)?;
+    let snapshot = Snapshot { meta, snapshot };
+    let answer = group.raft().install_full_snapshot(vote, snapshot).await;
+    let vote = Some(vote_out(&answer.map_err(text)?.vote));
+    Ok(peer::SnapshotResponse { vote }.encode_to_vec().into())
+}
+
+fn outline(group: &Group) -> Result<Bytes, String> {
+    let request = group.outline().ok_or("the whole log is here")?;
+    Ok(request.encode_to_vec().into())
+}
+
+async fn fetch(group: &Group, body: Bytes) -> Result<Bytes, String> {
+    let request: peer::FetchRequest = codec::decode(body).map_err(text)?;
+    let entries = group.read_committed(request.first, request.last).await;
+    let entries = entries.map_err(text)?;
+    let entries = entries.iter().map(codec::entry_out).collect();
+    Ok(peer::FetchResponse { entries }.encode_to_vec().into())
+}
+
+async fn answer(group: &Group, service: Service, body: Bytes) -> Result<Bytes, String> {
+    let raft = group.raft();
     match service {
         network::APPEND => {
-            let rpc = codec::append_in(body).map_err(|err| text(&err))?;
-            let answer = raft.append_entries(rpc).await.map_err(|err| text(&err))?;
+            let rpc = codec::append_in(body).map_err(text)?;
+            let answer = raft.append_entries(rpc).await.map_err(text)?;
             Ok(codec::append_response_out(&answer))
         }
         network::VOTE => {
-            let rpc = codec::vote_request_in(body).map_err(|err| text(&err))?;
-            let answer = raft.vote(rpc).await.map_err(|err| text(&err))?;
+            group.may_vote()?;
+            let rpc = codec::vote_request_in(body).map_err(text)?;
+            let answer = raft.vote(rpc).await.map_err(text)?;
             Ok(codec::vote_response_out(&answer))
         }
         network::PRE_VOTE => {
-            let rpc = codec::vote_request_in(body).map_err(|err| text(&err))?;
-            let answer = raft.pre_vote(rpc).await.map_err(|err| text(&err))?;
+            group.may_vote()?;
+            let rpc = codec::vote_request_in(body).map_err(text)?;
+            let answer = raft.pre_vote(rpc).await.map_err(text)?;
             Ok(codec::vote_response_out(&answer))
         }
-        network::SNAPSHOT => {
-            let mut request: peer::SnapshotRequest =
-                codec::decode(body).map_err(|err| text(&err))?;
-            let vote = vote_in(request.vote.take()).map_err(|err| text(&err))?;
-            let (meta, snapshot) = snapshot_in(request).map_err(|err| text(&err))?;
-            let snapshot = Snapshot { meta, snapshot };
-            let answer = raft.install_full_snapshot(vote, snapshot).await;
-            let vote = Some(vote_out(&answer.map_err(|err| text(&err))?.vote));
-            Ok(peer::SnapshotResponse { vote }.encode_to_vec().into())
-        }
         network::TRANSFER => {
-            let request: peer::TransferRequest = codec::decode(body).map_err(|err| text(&err))?;
-            let from = vote_in(request.from).map_err(|err| text(&err))?;
+            group.may_vote()?;
+            let request: peer::TransferRequest = codec::decode(body).map_err(text)?;
+            let from = vote_in(request.from).map_err(text)?;
             let last = request.last.as_ref().map(log_id_in);
             let rpc = TransferLeaderRequest::new(from, request.to, last);
             let answer = raft.handle_transfer_leader(rpc).await;
-            let refused = match answer.map_err(|err| text(&err))? {
+            let refused = match answer.map_err(text)? {
                 Ok(()) => String::new(),
                 Err(err) => err.to_string(),
             };

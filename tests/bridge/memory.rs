@@ -230,6 +230,8 @@ impl Upstream for Node {
         SHARDS
     }
 
+    fn exported(&self, _: ShardId, _: &str, _: u64) {}
+
     fn shard_of(&self, channel: &ChannelKey) -> ShardId {
         shard_of(channel.app.as_str(), channel.name.as_str())
     }
