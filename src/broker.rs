@@ -17,6 +17,7 @@ use tokio::sync::watch;
 use crate::cluster::{
     BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
 };
+use crate::channel;
 use crate::tasks::{OnError, Tasks};
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Leadership, NodeId, Range, Serial, ShardId};
 use crate::wire::control;
@@ -135,6 +136,7 @@ impl Broker {
             .await
             .map_err(read_error)?;
         let refs = self.cluster.state(shard).range(key, range, limit);
+        let refs = refs.map_err(|err| read_error(err.into()))?;
         let wanted = refs.len();
         let records = self.cluster.read_records(shard, refs).await;
         let records = records.map_err(|err| read_error(err.into()))?;
@@ -269,6 +271,8 @@ fn read_error(err: ReadError) -> ErrorInfo {
     let code = match err {
         ReadError::NoLeader => ErrorCode::NoLeader,
         ReadError::Behind => ErrorCode::Busy,
+        ReadError::State(channel::ReadError::Rebuilding) => ErrorCode::Busy,
+        ReadError::State(_) => ErrorCode::Internal,
         ReadError::Storage(_) => ErrorCode::Internal,
     };
     ErrorInfo::new(code, err.to_string())

@@ -103,6 +103,8 @@ pub enum ReadError {
     Behind,
     #[error("the log could not be read: {0}")]
     Storage(#[from] io::Error),
+    #[error(transparent)]
+    State(#[from] crate::channel::ReadError),
 }
 
 /// A handle to the node's part in the cluster.

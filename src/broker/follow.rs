@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
 
 use crate::broker::feed::{Feed, Hub, Record};
+use crate::channel::ReadError;
 use crate::cluster::Cluster;
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Serial};
 
@@ -130,7 +131,13 @@ impl Follower {
                     let backlog = !next.is_empty();
                     (from, Continuity::Resumed { backlog })
                 }
-                Some((_, Err(_))) => (state.now(), Continuity::Lost),
+                // Whether something is gone shows when the records are all there.
+                Some((from, Err(ReadError::Rebuilding))) => {
+                    (from, Continuity::Resumed { backlog: true })
+                }
+                Some((_, Err(ReadError::Behind(_) | ReadError::Archive(_)))) => {
+                    (state.now(), Continuity::Lost)
+                }
             }
         };
         let follower = Self {
@@ -168,7 +175,9 @@ impl Follower {
             }
             self.live = false;
         }
-        let records = self.read_log(limit).await?;
+        let Some(records) = self.read_log(limit).await? else {
+            return Ok(Polled::default());
+        };
         // Once the log shows nothing after the cursor, whatever comes next comes through the feed.
         self.live = records.is_empty();
         let mut polled = self.hand_out(records, limit);
@@ -184,21 +193,23 @@ impl Follower {
         Polled { records, more }
     }
 
-    async fn read_log(&mut self, limit: usize) -> Result<Vec<Arc<Record>>, Lost> {
+    /// `None` while the state is being rebuilt: every follower is woken when it is there.
+    async fn read_log(&mut self, limit: usize) -> Result<Option<Vec<Arc<Record>>>, Lost> {
         let shard = self.cluster.shard_of(&self.key);
         let refs = self
             .cluster
             .state(shard)
             .after(&self.key, self.cursor, limit);
         let refs = match refs {
-            Ok(refs) if refs.is_empty() => return Ok(Vec::new()),
+            Ok(refs) if refs.is_empty() => return Ok(Some(Vec::new())),
             Ok(refs) => refs,
-            Err(behind) => return Err(self.lose(&behind)),
+            Err(ReadError::Rebuilding) => return Ok(None),
+            Err(err) => return Err(self.lose(&err)),
         };
         match self.cluster.read_records(shard, refs).await {
             Ok(records) => {
                 let records = records.into_iter().map(|stored| Arc::new(stored.into()));
-                Ok(records.collect())
+                Ok(Some(records.collect()))
             }
             Err(err) => {
                 tracing::error!(channel = %self.key, error = %err, "the log cannot be read");

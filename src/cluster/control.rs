@@ -315,7 +315,7 @@ impl Cluster {
             .await;
     }
 
-    async fn command_or_warn(&self, command: wire::entry::Command) {
+    pub(super) async fn command_or_warn(&self, command: wire::entry::Command) {
         if let Err(err) = self.command(command).await {
             tracing::warn!(error = %err, "a control command was not applied; it is decided anew");
         }

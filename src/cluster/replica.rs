@@ -70,6 +70,13 @@ impl ShardMachine {
         change(shard)
     }
 
+    fn moved_on(&self, index: u64, rebuilt: bool) {
+        match rebuilt {
+            true => self.was_replaced(),
+            false => drop(self.applied_tx.send_replace(index)),
+        }
+    }
+
     /// Readers are told after the state is there: whoever looks then finds it.
     fn was_replaced(&self) {
         let (applied, now) = {
@@ -83,19 +90,28 @@ impl ShardMachine {
 
 impl Machine for ShardMachine {
     fn apply(&mut self, index: u64, payload: Bytes) -> Result<Response, String> {
-        let applied = self.with(|shard| shard.apply(index, payload));
+        let (applied, before, after) = self.with(|shard| {
+            let before = shard.is_rebuilding();
+            let applied = shard.apply(index, payload);
+            (applied, before, shard.is_rebuilding())
+        });
         let applied = applied.map_err(|err| err.to_string())?;
-        // Events go out before anyone can learn that the entry is applied: who waits for `applied` finds them.
-        if !applied.events.is_empty() {
+        // Events go out before anyone can learn that the entry is applied: who waits for `applied` finds them. While the
+        // records come back nobody may read: followers look again once all are there.
+        if !before && !applied.events.is_empty() {
             self.sink.advanced(self.shard, applied.events);
         }
-        self.applied_tx.send_replace(index);
+        self.moved_on(index, before && !after);
         Ok(Response::Publishes(applied.outcomes))
     }
 
     fn skip(&mut self, index: u64) {
-        self.with(|shard| shard.skip(index));
-        self.applied_tx.send_replace(index);
+        let (before, after) = self.with(|shard| {
+            let before = shard.is_rebuilding();
+            shard.skip(index);
+            (before, shard.is_rebuilding())
+        });
+        self.moved_on(index, before && !after);
     }
 
     fn checkpoint(&self) -> Bytes {

@@ -6,7 +6,6 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use prost::Message as _;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -133,7 +132,7 @@ impl Upkeep {
         let budget = MOVED_BYTES_A_LOOK.saturating_sub(*moved_bytes);
         if held >= floor && budget > 0 && self.is_pinned(live_bytes) {
             due.entry.publishes = self.pinning(floor, applied).await;
-            let bytes = due.entry.publishes.iter().map(Message::encoded_len);
+            let bytes = due.entry.publishes.iter().map(prost::Message::encoded_len);
             *moved_bytes += bytes.sum::<usize>() as u64;
             due.more = !due.entry.publishes.is_empty();
         }

@@ -280,6 +280,7 @@ fn prepare(data: &Path, kept: &Kept, plans: &[Plan]) -> anyhow::Result<()> {
             },
             bootstrap: bootstrap(kept)?,
             raft: config::Raft::default(),
+            storage: config::Storage::default(),
             limits: config::LimitsFile::default(),
             log: config::Log::default(),
         };
