@@ -129,6 +129,7 @@ impl Broker {
             .await
             .map_err(read_error)?;
         let refs = self.cluster.state(shard).range(key, range, limit);
+        let refs = refs.map_err(|err| ErrorInfo::new(ErrorCode::Busy, err.to_string()))?;
         let wanted = refs.len();
         let records = self.cluster.read_records(shard, refs).await;
         let records = records.map_err(|err| read_error(err.into()))?;

@@ -78,7 +78,7 @@ impl Published {
             Ok(Outcome::Duplicate(serial)) => Ok((serial, true)),
             Ok(Outcome::Fenced) => Err(PublishError::Fenced),
             Ok(Outcome::Gap) => Err(PublishError::Gap),
-            Ok(Outcome::Invalid) => {
+            Ok(Outcome::Invalid | Outcome::Moved) => {
                 let what = "the replicas refused what this node let in";
                 let info = ErrorInfo::new(ErrorCode::Internal, what);
                 Err(PublishError::Indeterminate(info))

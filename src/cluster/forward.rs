@@ -165,7 +165,8 @@ fn outcome_out(outcome: Outcome) -> peer::Outcome {
         Outcome::Duplicate(serial) => (Kind::Duplicate, serial),
         Outcome::Fenced => (Kind::Fenced, None),
         Outcome::Gap => (Kind::Gap, None),
-        Outcome::Invalid => (Kind::Invalid, None),
+        // Moves are proposed by the leader itself: nobody forwards one.
+        Outcome::Invalid | Outcome::Moved => (Kind::Invalid, None),
     };
     let known = serial.is_some();
     let serial = serial.unwrap_or_default();

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::watch;
 
-use crate::channel::{Event, RecordRef, Shard};
+use crate::channel::{Event, MemoryArchive, Options, RecordRef, Shard};
 use crate::raft::{Group, Machine, Response};
 use crate::types::{Serial, ShardId};
 use crate::wire::entry;
@@ -23,7 +23,9 @@ pub(super) struct State(Arc<RwLock<Shard>>);
 
 impl State {
     pub(super) fn new(incarnation: u16) -> Self {
-        Self(Arc::new(RwLock::new(Shard::new(incarnation))))
+        let archive = Arc::new(MemoryArchive::default());
+        let shard = Shard::new(incarnation, Options::default(), archive);
+        Self(Arc::new(RwLock::new(shard)))
     }
 
     pub(super) fn read(&self) -> RwLockReadGuard<'_, Shard> {
@@ -86,7 +88,9 @@ impl Machine for ShardMachine {
     }
 
     fn restore(&mut self, state: Bytes) -> Result<(), String> {
-        let restored = Shard::decode(state).map_err(|err| err.to_string())?;
+        let archive = Arc::new(MemoryArchive::default());
+        let restored = Shard::decode(state, Options::default(), archive);
+        let restored = restored.map_err(|err| err.to_string())?;
         let applied = restored.applied();
         self.with(|shard| *shard = restored);
         self.applied_tx.send_replace(applied);
@@ -121,7 +125,7 @@ pub(super) fn read_records(group: &Group, refs: &[RecordRef]) -> io::Result<Vec<
     let mut records = Vec::with_capacity(refs.len());
     let mut bytes = 0;
     for at in refs {
-        let index = at.serial.index;
+        let index = at.place.index;
         let entry = match current.take() {
             Some((read, entry)) if read == index => entry,
             _ => {
@@ -129,7 +133,7 @@ pub(super) fn read_records(group: &Group, refs: &[RecordRef]) -> io::Result<Vec<
                 decode(index, read.and_then(|(_, payload)| payload))?
             }
         };
-        let publish = entry.publishes.get(usize::from(at.serial.position));
+        let publish = entry.publishes.get(usize::from(at.place.position));
         let mut publish = publish.cloned().ok_or_else(|| missing(index))?;
         publish.body = Bytes::copy_from_slice(&publish.body);
         bytes += publish.body.len();
@@ -162,7 +166,7 @@ pub(super) fn read_page(
         let entry = decode(index, Some(payload))?;
         let shard = state.read();
         for (position, publish) in (0_u16..).zip(entry.publishes) {
-            if !shard.is_dropped(index, position) {
+            if publish.moved.is_none() && !shard.is_dropped(index, position) {
                 let incarnation = shard.now().incarnation;
                 let serial = Serial {
                     incarnation,
