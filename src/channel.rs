@@ -2,17 +2,28 @@
 //! how far each Kafka source is. It holds places in the log, never payloads: the log is the data.
 //!
 //! The same entries give the same state on every replica: time comes from the entries' stamps, maps are ordered.
+//!
+//! A replica comes back from its own checkpoint (`encode`, with the index entries of its records), or from another
+//! replica's *outline*: everything but the records, which the log above the horizon brings back (`rebuild`).
 
 mod archive;
 mod checkpoint;
+mod held;
 mod index;
+mod invariants;
+mod ledger;
+mod publish;
+mod read;
+mod rebuild;
+mod records;
+mod retention;
 mod shard;
 mod tests;
 
-pub use archive::{Archive, Archived, ChannelId, Place};
+pub use archive::{Archive, Archived, ChannelId, MemoryArchive, Place};
 pub use checkpoint::InvalidCheckpoint;
-pub use index::{Behind, RecordRef};
-pub use shard::{Applied, Error, Event, Outcome, Shard};
+pub use read::{Behind, ReadError, RecordRef};
+pub use shard::{Applied, Error, Event, Options, Outcome, Shard};
 
 use std::time::Duration;
 

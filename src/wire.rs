@@ -40,6 +40,6 @@ pub mod segment {
 pub mod checkpoint {
     include!(concat!(env!("OUT_DIR"), "/firth.checkpoint.v1.rs"));
 
-    /// Version of [`Shard`] that this build writes, and the newest it reads.
-    pub const VERSION: u32 = 1;
+    /// Version of [`Shard`] that this build writes, and the only one it reads.
+    pub const VERSION: u32 = 2;
 }

@@ -231,6 +231,7 @@ impl EventSink for Hub {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::channel::Place;
 
     fn at(index: u64) -> Serial {
         Serial {
@@ -243,6 +244,7 @@ mod tests {
     fn record(index: u64, predecessor: Option<u64>, bytes: usize) -> Arc<Record> {
         let at = RecordRef {
             serial: at(index),
+            place: Place { index, position: 0 },
             predecessor: predecessor.map(at),
             stamp_ms: 0,
             count: 1,

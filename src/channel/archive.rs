@@ -1,6 +1,10 @@
 //! Where the index entries of older records are kept when memory holds enough: behind a trait, since this room does
 //! no I/O. Whatever lies there can be made again from the log.
 
+mod memory;
+
+pub use memory::MemoryArchive;
+
 use std::fmt;
 use std::io;
 

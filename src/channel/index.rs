@@ -1,136 +1,370 @@
-//! One channel's index into the shard's log.
+//! One channel's index into the shard's log, over both tiers: newer records in memory, older ones in the archive.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
+use std::io;
 
-use crate::types::{Range, Serial};
+use crate::channel::archive::{Archive, Archived, ChannelId, Place};
+use crate::channel::held::{Held, KeyDigest, expires_ms};
+use crate::channel::ledger::{Ledger, Mixer};
+use crate::channel::records::Records;
+use crate::channel::{FORGET_AFTER, RETENTION_MIN};
+use crate::stdx::stable_hash;
+use crate::types::ChannelKey;
 
-/// First 16 bytes of the SHA-256 of an idempotency key behind a byte that tells its kind.
-pub(super) type KeyDigest = [u8; 16];
+/// Entries of the archive read at a time, at most.
+pub(super) const PAGE: usize = 256;
 
-/// Where one retained record lies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RecordRef {
-    pub serial: Serial,
-    /// Serial of the record before it in the channel, retained or not; a reader that holds it has no gap.
-    pub predecessor: Option<Serial>,
-    /// Milliseconds since 1970, by the proposer's clock, never less than an earlier record's.
-    pub stamp_ms: u64,
-    /// Messages in the record.
-    pub count: u32,
-}
-
-/// The reader's cursor lies before the oldest record that can still be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("records up to {floor} are no longer retained")]
-pub struct Behind {
-    /// Newest record that is gone.
-    pub floor: Serial,
-}
-
+/// The older records of a channel, which lie in the archive.
+///
+/// Invariant: `count` is at least 1; they are all those above the channel's floor up to `through`. The archive may hold
+/// others above `through`, from before a restart; they do not count.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Held {
-    pub(super) serial: Serial,
+pub(super) struct Cold {
+    pub(super) id: ChannelId,
+    pub(super) through: Place,
+    pub(super) count: u64,
+    pub(super) ephemeral: u64,
+    /// The oldest.
+    pub(super) front: Front,
+}
+
+/// What is known of a channel's oldest archived record without asking the archive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Front {
+    pub(super) first: Place,
     pub(super) stamp_ms: u64,
-    pub(super) expires_ms: u64,
-    pub(super) count: u32,
-    pub(super) key: KeyDigest,
+    pub(super) retention_s: u32,
+}
+
+impl Front {
+    pub(super) const fn of(record: &Archived) -> Self {
+        Self {
+            first: record.first,
+            stamp_ms: record.stamp_ms,
+            retention_s: record.retention_s,
+        }
+    }
+}
+
+/// How much of a channel is past the shortest time. Kept only where bytes are limited.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Aged {
+    /// Newest such record there has been.
+    pub(super) through: Option<Place>,
+    pub(super) bytes: u64,
+    /// When the next one joins.
+    pub(super) next_ms: Option<u64>,
 }
 
 /// The retained records of a channel, oldest first.
 ///
-/// Invariant: serials ascend strictly and are above `floor`; `head` is the newest record ever; `keys` holds
-/// exactly the keys of `records`.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// Invariant: firsts ascend strictly and are above `floor`; `head` is the newest record ever; each record of the
+/// archive tier is older than each in memory; `moved` names retained records only. Which tier a record is in changes
+/// nothing that anybody sees.
+#[derive(Debug, Default)]
 pub(super) struct Index {
-    pub(super) records: VecDeque<Held>,
-    pub(super) keys: BTreeMap<KeyDigest, Serial>,
-    pub(super) head: Option<Serial>,
-    pub(super) floor: Option<Serial>,
+    pub(super) records: Records,
+    pub(super) cold: Option<Box<Cold>>,
+    /// Where payloads lie that were moved: of records in memory, and of archived ones that the archive does not know of.
+    pub(super) moved: Option<Box<BTreeMap<Place, Place>>>,
+    pub(super) head: Option<Place>,
+    pub(super) floor: Option<Place>,
     pub(super) forget_ms: u64,
+    /// Rule of the newest publish: bytes beyond the shortest time, 0 for any.
+    pub(super) retention_bytes: u64,
+    pub(super) last_only: bool,
+    pub(super) aged: Option<Box<Aged>>,
+    /// Ephemeral records in both tiers.
+    pub(super) ephemeral: u64,
+    /// A hash of the channel's key.
+    pub(super) hash: u64,
+}
+
+/// The rule of a publish.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Rule {
+    pub(super) retention_bytes: u64,
+    pub(super) last_only: bool,
 }
 
 impl Index {
-    pub(super) fn push(&mut self, held: Held) {
-        self.head = Some(held.serial);
-        self.keys.insert(held.key, held.serial);
-        self.records.push_back(held);
-    }
-
-    /// Drops the oldest records whose time is over. Retention is a prefix: a record never outlives an older
-    /// one, so a channel whose rule was shortened loses its long-lived records first in order.
-    pub(super) fn expire(&mut self, now_ms: u64) {
-        while let Some(oldest) = self.records.pop_front_if(|held| held.expires_ms <= now_ms) {
-            self.floor = Some(oldest.serial);
-            self.keys.remove(&oldest.key);
+    pub(super) fn new(key: &ChannelKey, floor: Option<Place>) -> Self {
+        Self {
+            floor,
+            hash: stable_hash(&[key.app.as_str().as_bytes(), key.name.as_str().as_bytes()]),
+            ..Self::default()
         }
     }
 
-    /// When something here next changes by time alone.
-    pub(super) fn next_change_ms(&self) -> u64 {
-        self.records
-            .front()
-            .map_or(self.forget_ms, |held| held.expires_ms)
+    /// Retained records in both tiers.
+    pub(super) fn len(&self) -> u64 {
+        let cold = self.cold.as_ref().map_or(0, |cold| cold.count);
+        cold + u64::try_from(self.records.len()).expect("a usize fits a u64")
     }
 
-    /// Up to `limit` records after `cursor`, oldest first.
-    pub(super) fn after(&self, cursor: Serial, limit: usize) -> Result<Vec<RecordRef>, Behind> {
-        if let Some(floor) = self.floor.filter(|floor| cursor < *floor) {
-            return Err(Behind { floor });
-        }
-        let start = self.records.partition_point(|held| held.serial <= cursor);
-        let end = self.records.len().min(start.saturating_add(limit));
-        Ok((start..end).map(|at| self.record(at)).collect())
+    pub(super) fn is_empty(&self) -> bool {
+        self.cold.is_none() && self.records.is_empty()
     }
 
-    /// Up to `limit` records within `range`, from the end that it names.
-    pub(super) fn range(&self, range: &Range, limit: usize) -> Vec<RecordRef> {
-        let below = |serial: Serial| self.records.partition_point(|held| held.serial < serial);
-        let start = range.from.map_or(0, below);
-        let start = start.max(
-            self.records
-                .partition_point(|held| held.stamp_ms < range.start_ms),
-        );
-        let end = range.to.map_or(self.records.len(), |to| {
-            self.records.partition_point(|held| held.serial <= to)
-        });
-        let end = end.min(
-            self.records
-                .partition_point(|held| held.stamp_ms <= range.end_ms),
-        );
-        if start >= end {
-            return Vec::new();
+    /// The first place above the floor.
+    pub(super) fn bottom(&self) -> Place {
+        self.floor.map_or(Place::MIN, Place::next)
+    }
+
+    /// Where the payload of the record lies that the tier says lies at `now`.
+    pub(super) fn place(&self, first: Place, now: Place) -> Place {
+        let moved = self.moved.as_ref().and_then(|moved| moved.get(&first));
+        moved.copied().unwrap_or(now)
+    }
+
+    pub(super) fn full(&self, held: &Held) -> Archived {
+        let first = held.first();
+        held.record(self.place(first, first))
+    }
+
+    /// Adds the channel's newest record, under its rule.
+    pub(super) fn push(&mut self, record: &Archived, rule: Rule, ledger: &mut Ledger) {
+        self.head = Some(record.first);
+        let expires_ms = expires_ms(record.stamp_ms, record.retention_s);
+        self.forget_ms = expires_ms.saturating_add(millis(FORGET_AFTER));
+        self.set_rule(rule);
+        let aging_ms = record.stamp_ms.saturating_add(millis(RETENTION_MIN));
+        if let Some(aged) = &mut self.aged {
+            aged.next_ms.get_or_insert(aging_ms);
         }
-        match range.newest_first {
-            true => (start..end)
-                .rev()
-                .take(limit)
-                .map(|at| self.record(at))
-                .collect(),
-            false => (start..end).take(limit).map(|at| self.record(at)).collect(),
+        self.ephemeral += u64::from(record.ephemeral);
+        self.records.push(Held::new(record));
+        ledger.in_memory += 1;
+        ledger.add(self.hash, record);
+    }
+
+    fn set_rule(&mut self, rule: Rule) {
+        self.last_only = rule.last_only;
+        self.retention_bytes = rule.retention_bytes;
+        if rule.retention_bytes == 0 {
+            self.aged = None;
+        } else if self.aged.is_none() {
+            let next_ms = self.front().map(|(stamp_ms, _)| aging_ms(stamp_ms));
+            self.aged = Some(Box::new(Aged {
+                through: None,
+                bytes: 0,
+                next_ms,
+            }));
         }
     }
 
-    fn record(&self, at: usize) -> RecordRef {
-        let held = &self.records[at];
-        let predecessor = match at {
-            0 => self.floor,
-            at => Some(self.records[at - 1].serial),
+    /// Stamp and end of the oldest record.
+    pub(super) fn front(&self) -> Option<(u64, u64)> {
+        match &self.cold {
+            Some(cold) => {
+                let Front {
+                    stamp_ms,
+                    retention_s,
+                    ..
+                } = cold.front;
+                Some((stamp_ms, expires_ms(stamp_ms, retention_s)))
+            }
+            None => (self.records.front()).map(|held| (held.stamp_ms(), held.expires_ms())),
+        }
+    }
+
+    /// The first place of the retained record with this key. `at` is the place of the publish that asks, where it is
+    /// one of the log.
+    pub(super) fn find(
+        &self,
+        key: &KeyDigest,
+        at: Option<Place>,
+        archive: &dyn Archive,
+    ) -> io::Result<Option<Place>> {
+        if let Some(held) = self.records.find(key) {
+            return Ok(Some(held.first()));
+        }
+        let Some(cold) = &self.cold else {
+            return Ok(None);
         };
-        RecordRef {
-            serial: held.serial,
-            predecessor,
-            stamp_ms: held.stamp_ms,
-            count: held.count,
+        match archive.find(cold.id, key)? {
+            Some(first) if first < self.bottom() => Ok(None),
+            Some(first) if first <= cold.through => Ok(Some(first)),
+            // From before a restart: this very publish was stored then, so nothing had its key.
+            Some(first) if Some(first) == at => Ok(None),
+            // From before a restart, and the key was used again since: the one that counts is hidden behind it.
+            Some(_) => self.search(key, cold, archive),
+            None => Ok(None),
         }
     }
 
-    pub(super) fn check_invariants(&self) {
-        let serials = || self.records.iter().map(|held| held.serial);
-        assert!(serials().is_sorted_by(|a, b| a < b), "serials ascend");
-        assert!(serials().all(|serial| Some(serial) > self.floor && Some(serial) <= self.head));
-        assert_eq!(self.keys.len(), self.records.len(), "a key a record");
-        for held in &self.records {
-            assert_eq!(self.keys.get(&held.key), Some(&held.serial));
+    fn search(
+        &self,
+        key: &KeyDigest,
+        cold: &Cold,
+        archive: &dyn Archive,
+    ) -> io::Result<Option<Place>> {
+        let mut from = self.bottom();
+        loop {
+            let page = archive.range(cold.id, from, cold.through, false, PAGE)?;
+            if let Some(found) = page.iter().find(|record| record.key == *key) {
+                return Ok(Some(found.first));
+            }
+            let Some(last) = page.last() else {
+                return Ok(None);
+            };
+            from = last.first.next();
         }
     }
+
+    /// The retained record that was first stored at this place.
+    pub(super) fn get(&self, first: Place, archive: &dyn Archive) -> io::Result<Option<Archived>> {
+        if first < self.bottom() {
+            return Ok(None);
+        }
+        match &self.cold {
+            Some(cold) if first <= cold.through => {
+                let found = archive.get(cold.id, first)?;
+                Ok(found.map(|record| Archived {
+                    now: self.place(first, record.now),
+                    ..record
+                }))
+            }
+            _ => Ok(self.records.get(first).map(|held| self.full(held))),
+        }
+    }
+
+    /// Notes that the payload of a retained record lies at `now` from here on.
+    pub(super) fn move_to(&mut self, record: &Archived, now: Place, ledger: &mut Ledger) {
+        ledger.remove(self.hash, record);
+        let record = Archived {
+            now,
+            ..record.clone()
+        };
+        ledger.add(self.hash, &record);
+        let moved = self.moved.get_or_insert_default();
+        moved.insert(record.first, now);
+    }
+
+    /// Whether the record is in the archive tier.
+    pub(super) fn is_cold(&self, first: Place) -> bool {
+        (self.cold.as_ref()).is_some_and(|cold| first <= cold.through)
+    }
+
+    /// Moves the older half of what memory holds to `batch`, which goes to the archive.
+    pub(super) fn spill(
+        &mut self,
+        key: &ChannelKey,
+        ledger: &mut Ledger,
+        batch: &mut Vec<(ChannelId, Archived)>,
+    ) {
+        let id = self
+            .cold
+            .as_ref()
+            .map_or_else(|| channel_id(key), |cold| cold.id);
+        for _ in 0..self.records.len().div_ceil(2) {
+            let Some(held) = self.records.pop_front() else {
+                break;
+            };
+            let record = self.full(&held);
+            self.unmove(record.first);
+            self.add_cold(id, &record);
+            ledger.in_memory -= 1;
+            ledger.archived += 1;
+            batch.push((id, record));
+        }
+    }
+
+    /// Counts a record as one in the archive tier.
+    pub(super) fn add_cold(&mut self, id: ChannelId, record: &Archived) {
+        let cold = self.cold.get_or_insert_with(|| {
+            Box::new(Cold {
+                id,
+                through: record.first,
+                count: 0,
+                ephemeral: 0,
+                front: Front::of(record),
+            })
+        });
+        if record.first < cold.front.first {
+            cold.front = Front::of(record);
+        }
+        cold.through = cold.through.max(record.first);
+        cold.count += 1;
+        cold.ephemeral += u64::from(record.ephemeral);
+    }
+
+    /// Puts into `batch` what the archive may learn of moved records: that they were moved by an entry up to `applied`.
+    /// Whether it has more to learn.
+    pub(super) fn flush_moves(
+        &mut self,
+        applied: u64,
+        archive: &dyn Archive,
+        batch: &mut Vec<(ChannelId, Archived)>,
+    ) -> io::Result<bool> {
+        let (Some(cold), Some(moved)) = (&self.cold, &self.moved) else {
+            return Ok(false);
+        };
+        let mut flushed = Vec::new();
+        let mut more = false;
+        for (first, now) in moved.range(..=cold.through) {
+            if now.index > applied {
+                more = true;
+                continue;
+            }
+            let record = archive.get(cold.id, *first)?.ok_or_else(|| lost("fewer"))?;
+            let now = *now;
+            batch.push((cold.id, Archived { now, ..record }));
+            flushed.push(*first);
+        }
+        for first in flushed {
+            self.unmove(first);
+        }
+        Ok(more)
+    }
+
+    pub(super) fn unmove(&mut self, first: Place) {
+        if let Some(moved) = &mut self.moved {
+            moved.remove(&first);
+            if moved.is_empty() {
+                self.moved = None;
+            }
+        }
+    }
+
+    /// Hash of everything but the records.
+    pub(super) fn digest(&self) -> u64 {
+        let mixer = Mixer::new(self.hash)
+            .maybe(self.head)
+            .maybe(self.floor)
+            .word(self.forget_ms)
+            .word(self.retention_bytes)
+            .word(u64::from(self.last_only));
+        let mixer = match &self.aged {
+            Some(aged) => (mixer.maybe(aged.through).word(aged.bytes))
+                .word(aged.next_ms.map_or(0, |next_ms| next_ms.wrapping_add(1))),
+            None => mixer,
+        };
+        mixer.finish()
+    }
+}
+
+pub(super) fn lost(how: &str) -> io::Error {
+    let what = format!("the archive holds {how} of a channel's records than were put there");
+    io::Error::new(io::ErrorKind::InvalidData, what)
+}
+
+/// When a record of this stamp is past the shortest time.
+pub(super) fn aging_ms(stamp_ms: u64) -> u64 {
+    stamp_ms.saturating_add(millis(RETENTION_MIN))
+}
+
+/// App and name, apart by a byte that UTF-8 never holds.
+pub(super) fn channel_id(key: &ChannelKey) -> ChannelId {
+    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
+    context.update(key.app.as_str().as_bytes());
+    context.update(&[0xff]);
+    context.update(key.name.as_str().as_bytes());
+    let mut id = ChannelId::default();
+    id.copy_from_slice(&context.finish().as_ref()[..16]);
+    id
+}
+
+pub(super) fn millis(duration: std::time::Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }

@@ -1,16 +1,44 @@
 //! A shard: all its channels, and the positions of the Kafka sources that feed them.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::ops::Bound;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use prost::Message as _;
 
-use crate::channel::index::{Behind, Held, Index, KeyDigest, RecordRef};
-use crate::channel::{FORGET_AFTER, RETENTION_MIN};
-use crate::types::{ChannelKey, ChannelName, Range, Serial};
+use crate::channel::archive::{Archive, Archived, ChannelId, Place};
+use crate::channel::held::UINT48_MAX;
+use crate::channel::index::Index;
+use crate::channel::ledger::{Ledger, Mixer};
+use crate::channel::publish::decode;
+use crate::channel::read::{Behind, ReadError, RecordRef, View};
+use crate::stdx::stable_hash;
+use crate::types::{ChannelKey, Range, Serial};
 use crate::wire::entry;
 
-/// A committed entry that this build cannot apply. The replica must stop: going on would make it differ.
+/// Entries given to the archive at a time.
+const PUT_MAX: usize = 1024;
+
+/// Checks remembered.
+const CHECKS_MAX: usize = 8;
+
+/// What a replica may choose for itself: nothing that shows in the state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Options {
+    /// Records whose index entries are in memory, for all the shard's channels; older ones go to the archive.
+    pub records_max: usize,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            records_max: 65_536,
+        }
+    }
+}
+
+/// A committed entry that this replica cannot apply. It must stop: going on would make it differ.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     #[error("entry {index} cannot be decoded: {reason}")]
@@ -24,6 +52,11 @@ pub enum Error {
     OutOfOrder { index: u64, applied: u64 },
     #[error("entry {index} holds more publishes than positions")]
     TooManyPublishes { index: u64 },
+    #[error("entry {index} lies beyond the last index there can be")]
+    TooFar { index: u64 },
+    /// The state is applied in part, and of no use any more: it is to be had from a checkpoint again.
+    #[error("entry {index}: the index of older records cannot be used: {reason}")]
+    Archive { index: u64, reason: String },
 }
 
 /// What became of one publish.
@@ -38,6 +71,8 @@ pub enum Outcome {
     Gap,
     /// Names an app or channel that cannot exist; a correct proposer never sends it.
     Invalid,
+    /// A retained record that was appended again, or one that is no longer retained: no record of its own.
+    Moved,
 }
 
 /// A channel moved on.
@@ -65,167 +100,277 @@ pub(super) struct SourceState {
 /// Bridge, topic, partition.
 pub(super) type SourceKey = (String, String, i32);
 
+/// Entries `from..=through` were stamped before the clock, which stood at `stamp_ms`: so are their records. A replica
+/// that rebuilds records from a horizon between them cannot learn that from the entries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Late {
+    pub(super) from: u64,
+    pub(super) through: u64,
+    pub(super) stamp_ms: u64,
+}
+
 /// The replicated state of one shard at one log position.
 ///
-/// Invariant: `timers` holds exactly one element for each channel, at its index's next change; stamps never go
-/// back (`clock_ms` is their maximum).
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+/// While `applied < decided` it is being *rebuilt*: all but the records is as of `decided` already, and the records
+/// come back from the entries of the log, which decide nothing anew.
+///
+/// Invariant: unless it is being rebuilt, `timers` holds exactly one element for each channel, at its index's next
+/// change; stamps never go back (`clock_ms` is their maximum); no retained record's payload is at or below `horizon`.
+#[derive(Debug)]
 pub struct Shard {
     pub(super) incarnation: u16,
+    pub(super) options: Options,
+    pub(super) archive: Arc<dyn Archive>,
     pub(super) applied: u64,
+    pub(super) decided: u64,
+    pub(super) horizon: u64,
     pub(super) clock_ms: u64,
     pub(super) channels: BTreeMap<ChannelKey, Index>,
     pub(super) timers: BTreeSet<(u64, ChannelKey)>,
     pub(super) sources: BTreeMap<SourceKey, SourceState>,
-    /// Publishes in the log that became no record: whoever reads the log itself must skip them.
+    /// Publishes in the log above the horizon that became no record: whoever reads the log itself must skip them.
     pub(super) dropped: BTreeSet<(u64, u16)>,
-    pub(super) forgotten: Option<Serial>,
+    /// Ascending, above the horizon.
+    pub(super) late: Vec<Late>,
+    pub(super) forgotten: Option<Place>,
+    pub(super) ledger: Ledger,
+    /// Wrapping sum of the channels' digests.
+    pub(super) channels_digest: u64,
+    pub(super) checks: Vec<(u64, u64)>,
+    /// Where filling the archive goes on.
+    hand: Option<ChannelKey>,
+    /// The archive's mark when this state last put something there.
+    pub(super) mark: u64,
+    /// Channels with archived records that were moved since.
+    pub(super) moved_cold: BTreeSet<ChannelKey>,
 }
 
 impl Shard {
+    /// An empty shard over an archive that holds nothing of it.
     #[must_use]
-    pub fn new(incarnation: u16) -> Self {
+    pub fn new(incarnation: u16, options: Options, archive: Arc<dyn Archive>) -> Self {
         Self {
             incarnation,
-            ..Self::default()
+            options,
+            archive,
+            applied: 0,
+            decided: 0,
+            horizon: 0,
+            clock_ms: 0,
+            channels: BTreeMap::new(),
+            timers: BTreeSet::new(),
+            sources: BTreeMap::new(),
+            dropped: BTreeSet::new(),
+            late: Vec::new(),
+            forgotten: None,
+            ledger: Ledger::default(),
+            channels_digest: 0,
+            checks: Vec::new(),
+            hand: None,
+            mark: 0,
+            moved_cold: BTreeSet::new(),
         }
     }
 
     /// Applies the entry at log `index`.
     ///
     /// # Errors
-    /// When the entry is not one this build understands; nothing was changed then.
+    /// When the entry is not one this build understands: nothing was changed then. When the archive fails: the state
+    /// must be dropped then.
     pub fn apply(&mut self, index: u64, payload: Bytes) -> Result<Applied, Error> {
         if index <= self.applied {
             let applied = self.applied;
             return Err(Error::OutOfOrder { index, applied });
         }
+        if index > UINT48_MAX {
+            return Err(Error::TooFar { index });
+        }
         let entry = decode(index, payload)?;
         self.applied = index;
-        self.clock_ms = self.clock_ms.max(entry.stamp_ms);
-        let mut applied = Applied::default();
-        for (position, publish) in (0_u16..).zip(entry.publishes) {
-            let serial = self.serial(index, position);
-            let outcome = self.on_publish(serial, publish, &mut applied.events);
-            if !matches!(outcome, Outcome::Stored(_)) {
-                self.dropped.insert((index, position));
-            }
-            applied.outcomes.push(outcome);
-        }
-        self.expire();
-        Ok(applied)
+        let applied = match index <= self.decided {
+            true => self.rebuild(index, entry),
+            false => self.decide(index, entry),
+        };
+        let applied = applied.and_then(|applied| self.spill().map(|()| applied));
+        applied.map_err(|err| archive_error(index, &err))
     }
 
     /// Notes that an entry without publishes (blank, membership) lies at `index`.
     pub fn skip(&mut self, index: u64) {
+        let rebuilding = self.is_rebuilding();
         self.applied = self.applied.max(index);
+        if rebuilding && !self.is_rebuilding() {
+            self.derive();
+        }
     }
 
-    fn on_publish(
-        &mut self,
-        serial: Serial,
-        publish: entry::Publish,
-        events: &mut Vec<Event>,
-    ) -> Outcome {
-        let Some(key) = channel_key(&publish) else {
-            return Outcome::Invalid;
-        };
-        if let Some(refused) = publish.source.as_ref().and_then(|at| self.on_source(at)) {
-            return refused;
+    fn decide(&mut self, index: u64, entry: entry::Entry) -> io::Result<Applied> {
+        let stamp_ms = entry.stamp_ms.min(UINT48_MAX);
+        self.note_late(index, stamp_ms);
+        self.clock_ms = self.clock_ms.max(stamp_ms);
+        let mut applied = Applied::default();
+        for (position, publish) in (0_u16..).zip(entry.publishes) {
+            let at = Place { index, position };
+            let outcome = self.on_publish(at, publish, &mut applied.events)?;
+            applied.outcomes.push(outcome);
         }
-        let digest = digest(
-            &publish.id,
-            &publish.connection_id,
-            publish.source.is_some(),
-        );
-        let forgotten = self.forgotten;
-        let index = self.channels.entry(key.clone());
-        // A channel that was forgotten and comes back: its former records may be missed by a reader.
-        let index = index.or_insert_with(|| Index {
-            floor: forgotten,
-            ..Index::default()
-        });
-        if let Some(first) = index.keys.get(&digest) {
-            return Outcome::Duplicate(Some(*first));
+        self.expire()?;
+        self.raise_horizon(entry.horizon.min(index - 1));
+        if entry.check {
+            if self.checks.len() == CHECKS_MAX {
+                self.checks.remove(0);
+            }
+            self.checks.push((index, self.digest()));
         }
-        if index.head.is_some() {
-            self.timers.remove(&(index.next_change_ms(), key.clone()));
-        }
-        let predecessor = index.head.or(index.floor);
-        let retention_ms = publish.retention_ms.max(millis(RETENTION_MIN));
-        let expires_ms = self.clock_ms.saturating_add(retention_ms);
-        index.forget_ms = expires_ms.saturating_add(millis(FORGET_AFTER));
-        index.push(Held {
-            serial,
-            stamp_ms: self.clock_ms,
-            expires_ms,
-            count: publish.count,
-            key: digest,
-        });
-        self.timers.insert((index.next_change_ms(), key.clone()));
-        let record = RecordRef {
-            serial,
-            predecessor,
-            stamp_ms: self.clock_ms,
-            count: publish.count,
-        };
-        events.push(Event {
-            key,
-            record,
-            publish,
-        });
-        Outcome::Stored(serial)
+        Ok(applied)
     }
 
-    /// Moves the source on, or says why the record does not count.
-    fn on_source(&mut self, at: &entry::Source) -> Option<Outcome> {
-        let key = (at.bridge.clone(), at.topic.clone(), at.partition);
-        let fresh = SourceState {
-            epoch: at.epoch,
-            offset: i64::MIN,
-        };
-        let state = self.sources.entry(key).or_insert(fresh);
-        if at.epoch < state.epoch {
-            return Some(Outcome::Fenced);
+    fn note_late(&mut self, index: u64, stamp_ms: u64) {
+        if stamp_ms >= self.clock_ms {
+            return;
         }
-        state.epoch = at.epoch;
-        if at.offset <= state.offset {
-            return Some(Outcome::Duplicate(None));
+        match self.late.last_mut() {
+            Some(late) if late.stamp_ms == self.clock_ms => late.through = index,
+            _ => self.late.push(Late {
+                from: index,
+                through: index,
+                stamp_ms: self.clock_ms,
+            }),
         }
-        if at.after.is_some_and(|after| state.offset < after) {
-            return Some(Outcome::Gap);
-        }
-        state.offset = at.offset;
-        None
     }
 
-    fn expire(&mut self) {
-        while let Some((_, key)) = self.timers.pop_first_if_due(self.clock_ms) {
+    /// Never past a retained record, whatever the proposer says.
+    fn raise_horizon(&mut self, to: u64) {
+        self.horizon = self.horizon.max(to.min(self.live_floor()));
+        while let Some(oldest) = self.dropped.first()
+            && oldest.0 <= self.horizon
+        {
+            self.dropped.pop_first();
+        }
+        let gone = (self.late).partition_point(|late| late.through <= self.horizon);
+        self.late.drain(..gone);
+    }
+
+    fn expire(&mut self) -> io::Result<()> {
+        while let Some((due_ms, _)) = self.timers.first()
+            && *due_ms <= self.clock_ms
+        {
+            let Some((_, key)) = self.timers.pop_first() else {
+                break;
+            };
             let Some(index) = self.channels.get_mut(&key) else {
                 continue;
             };
-            index.expire(self.clock_ms);
-            if index.records.is_empty() && index.forget_ms <= self.clock_ms {
+            self.channels_digest = self.channels_digest.wrapping_sub(index.digest());
+            index.expire(self.clock_ms, &mut self.ledger, &*self.archive)?;
+            if index.is_empty() && index.forget_ms <= self.clock_ms {
                 self.forgotten = self.forgotten.max(index.head);
                 self.channels.remove(&key);
             } else {
+                self.channels_digest = self.channels_digest.wrapping_add(index.digest());
                 self.timers.insert((index.next_change_ms(), key));
             }
         }
+        Ok(())
     }
 
-    const fn serial(&self, index: u64, position: u16) -> Serial {
-        Serial {
-            incarnation: self.incarnation,
-            index,
-            position,
+    /// Brings what memory holds below its bound: the older half of one channel's records after the other's, so that
+    /// a busy channel does not drive out the quiet ones, nor they it.
+    fn spill(&mut self) -> io::Result<()> {
+        let max = self.options.records_max;
+        if self.ledger.in_memory <= max {
+            return Ok(());
         }
+        // Somewhat below, so that entries go in batches.
+        let target = max - (max / 16).min(PUT_MAX);
+        let mut batch = Vec::new();
+        while self.ledger.in_memory > target {
+            let after = self.hand.take();
+            let after = after.as_ref().map_or(Bound::Unbounded, Bound::Excluded);
+            let rest = self.channels.range_mut((after, Bound::Unbounded));
+            for (key, index) in rest.filter(|(_, index)| !index.records.is_empty()) {
+                index.spill(key, &mut self.ledger, &mut batch);
+                if batch.len() >= PUT_MAX || self.ledger.in_memory <= target {
+                    self.hand = Some(key.clone());
+                    break;
+                }
+            }
+            self.put(&mut batch)?;
+        }
+        Ok(())
+    }
+
+    pub(super) fn put(&mut self, batch: &mut Vec<(ChannelId, Archived)>) -> io::Result<()> {
+        for part in batch.chunks(PUT_MAX) {
+            self.archive.put(part)?;
+        }
+        self.mark = self.archive.mark();
+        batch.clear();
+        Ok(())
+    }
+
+    /// Notes that a checkpoint of this shard with this `applied`, or a newer one, is durable, so that no older one
+    /// will be decoded again. The archive then learns where archived records were moved to, which it may not before:
+    /// an older checkpoint relies on the places of its time.
+    ///
+    /// # Errors
+    /// When the archive fails, as for `apply`.
+    pub fn checkpointed(&mut self, applied: u64) -> Result<(), Error> {
+        self.flush_moves(applied)
+            .map_err(|err| archive_error(self.applied, &err))
+    }
+
+    fn flush_moves(&mut self, applied: u64) -> io::Result<()> {
+        let mut batch = Vec::new();
+        for key in std::mem::take(&mut self.moved_cold) {
+            let Some(index) = self.channels.get_mut(&key) else {
+                continue;
+            };
+            if index.flush_moves(applied, &*self.archive, &mut batch)? {
+                self.moved_cold.insert(key);
+            }
+        }
+        if batch.is_empty() {
+            return Ok(());
+        }
+        self.put(&mut batch)
+    }
+
+    /// Whether records are still to come back from the log: reads are refused until then.
+    #[must_use]
+    pub const fn is_rebuilding(&self) -> bool {
+        self.applied < self.decided
     }
 
     /// Newest log index applied.
     #[must_use]
     pub const fn applied(&self) -> u64 {
         self.applied
+    }
+
+    /// Log index that everything but the records is as of; more than `applied` only while the shard is being rebuilt.
+    #[must_use]
+    pub fn decided(&self) -> u64 {
+        self.decided.max(self.applied)
+    }
+
+    /// Entries up to this log index are needed by no record, and by nobody else who has a say.
+    #[must_use]
+    pub const fn horizon(&self) -> u64 {
+        self.horizon
+    }
+
+    /// The greatest log index applied that no retained record's payload lies at or below.
+    #[must_use]
+    pub fn live_floor(&self) -> u64 {
+        let first = self.ledger.live.first();
+        first.map_or(self.applied, |first| (first - 1).min(self.applied))
+    }
+
+    /// Bytes of the retained records' publishes.
+    #[must_use]
+    pub const fn live_bytes(&self) -> u64 {
+        self.ledger.bytes
     }
 
     /// Newest stamp applied, milliseconds since 1970.
@@ -237,7 +382,9 @@ impl Shard {
     /// The place after everything applied: where an attachment that wants only what is to come starts.
     #[must_use]
     pub const fn now(&self) -> Serial {
-        self.serial(self.applied, u16::MAX)
+        let index = self.applied;
+        let position = u16::MAX;
+        Place { index, position }.serial(self.incarnation)
     }
 
     /// Whether time alone will change something here; a leader without publishes then proposes an empty entry.
@@ -246,46 +393,69 @@ impl Shard {
         self.timers.first().is_some_and(|(due, _)| *due <= now_ms)
     }
 
-    /// The first serial of a client's publish with this idempotency key, while it is remembered.
-    #[must_use]
-    pub fn seen(&self, key: &ChannelKey, id: &str, connection_id: &str) -> Option<Serial> {
-        let digest = digest(id, connection_id, false);
-        self.channels.get(key)?.keys.get(&digest).copied()
-    }
-
     /// Newest record of the channel ever, if the channel is remembered.
     #[must_use]
     pub fn head(&self, key: &ChannelKey) -> Option<Serial> {
-        self.channels.get(key)?.head
+        let head = self.channels.get(key)?.head?;
+        Some(head.serial(self.incarnation))
     }
 
     /// Up to `limit` records after `cursor`, oldest first.
     ///
     /// # Errors
-    /// When records after `cursor` are gone, or may be.
+    /// When records after `cursor` are gone, or may be; when the shard is being rebuilt; when the archive fails.
     pub fn after(
         &self,
         key: &ChannelKey,
         cursor: Serial,
         limit: usize,
-    ) -> Result<Vec<RecordRef>, Behind> {
+    ) -> Result<Vec<RecordRef>, ReadError> {
+        if self.is_rebuilding() {
+            return Err(ReadError::Rebuilding);
+        }
         if cursor.incarnation != self.incarnation {
-            return Err(Behind { floor: self.now() });
+            return Err(Behind { floor: self.now() }.into());
         }
         match (self.channels.get(key), self.forgotten) {
-            (Some(index), _) => index.after(cursor, limit),
-            (None, Some(floor)) if cursor < floor => Err(Behind { floor }),
+            (Some(index), _) => self.view(index).after(cursor, limit),
+            (None, Some(floor)) if Place::of(cursor) < floor => {
+                let floor = floor.serial(self.incarnation);
+                Err(Behind { floor }.into())
+            }
             (None, _) => Ok(Vec::new()),
         }
     }
 
-    /// Up to `limit` of the channel's retained records within `range`.
-    #[must_use]
-    pub fn range(&self, key: &ChannelKey, range: &Range, limit: usize) -> Vec<RecordRef> {
-        (self.channels.get(key)).map_or_else(Vec::new, |index| index.range(range, limit))
+    /// Up to `limit` of the channel's retained records within `range`, but for ephemeral ones.
+    ///
+    /// # Errors
+    /// When the shard is being rebuilt; when the archive fails.
+    pub fn range(
+        &self,
+        key: &ChannelKey,
+        range: &Range,
+        limit: usize,
+    ) -> Result<Vec<RecordRef>, ReadError> {
+        if self.is_rebuilding() {
+            return Err(ReadError::Rebuilding);
+        }
+        let index = self.channels.get(key);
+        index.map_or_else(
+            || Ok(Vec::new()),
+            |index| self.view(index).range(range, limit),
+        )
     }
 
-    /// Whether the publish at this place of the log became no record.
+    fn view<'a>(&'a self, index: &'a Index) -> View<'a> {
+        View {
+            index,
+            archive: &*self.archive,
+            incarnation: self.incarnation,
+        }
+    }
+
+    /// Whether the publish at this place of the log, above the horizon, became no record. Publishes with `moved` are
+    /// never records of their own, whatever this says of them.
     #[must_use]
     pub fn is_dropped(&self, index: u64, position: u16) -> bool {
         self.dropped.contains(&(index, position))
@@ -294,80 +464,52 @@ impl Shard {
     /// Channels remembered, and records retained in all of them.
     #[must_use]
     pub fn sizes(&self) -> (usize, usize) {
-        let records = self.channels.values().map(|index| index.records.len());
-        (self.channels.len(), records.sum())
+        let records = self.ledger.in_memory + self.ledger.archived;
+        (self.channels.len(), records)
     }
 
-    /// # Panics
-    /// When the state contradicts itself: a defect of this room.
-    pub fn check_invariants(&self) {
-        assert_eq!(self.timers.len(), self.channels.len(), "a timer a channel");
-        for (key, index) in &self.channels {
-            index.check_invariants();
-            assert!(self.timers.contains(&(index.next_change_ms(), key.clone())));
-            assert!(index.head.is_some_and(|head| head.index <= self.applied));
+    /// Records whose index entries are in memory, and in the archive.
+    #[must_use]
+    pub const fn tiers(&self) -> (usize, usize) {
+        (self.ledger.in_memory, self.ledger.archived)
+    }
+
+    /// Log index and digest of the last few entries that asked for a check, oldest first.
+    #[must_use]
+    pub fn checks(&self) -> &[(u64, u64)] {
+        &self.checks
+    }
+
+    /// A hash of the state, the same on all replicas that applied the same entries, whatever lies in which tier.
+    /// Takes time for sources and dropped publishes, not for channels and records.
+    #[must_use]
+    pub fn digest(&self) -> u64 {
+        let mut mixer = Mixer::new(u64::from(self.incarnation))
+            .word(self.clock_ms)
+            .word(self.horizon)
+            .maybe(self.forgotten)
+            .word(self.channels.len() as u64)
+            .word(self.channels_digest)
+            .word(self.ledger.digest)
+            .word(self.ledger.bytes);
+        for ((bridge, topic, partition), state) in &self.sources {
+            let names = stable_hash(&[bridge.as_bytes(), topic.as_bytes()]);
+            mixer = (mixer.word(names))
+                .word(u64::from(partition.cast_unsigned()))
+                .word(state.offset.cast_unsigned())
+                .word(state.epoch);
         }
-    }
-}
-
-trait PopDue {
-    fn pop_first_if_due(&mut self, now_ms: u64) -> Option<(u64, ChannelKey)>;
-}
-
-impl PopDue for BTreeSet<(u64, ChannelKey)> {
-    fn pop_first_if_due(&mut self, now_ms: u64) -> Option<(u64, ChannelKey)> {
-        let (due, _) = self.first()?;
-        if *due <= now_ms {
-            self.pop_first()
-        } else {
-            None
+        for (index, position) in &self.dropped {
+            mixer = mixer.word(*index).word(u64::from(*position));
         }
+        for late in &self.late {
+            mixer = (mixer.word(late.from).word(late.through)).word(late.stamp_ms);
+        }
+        mixer.finish()
     }
 }
 
-fn decode(index: u64, payload: Bytes) -> Result<entry::Entry, Error> {
-    let entry = entry::Entry::decode(payload).map_err(|err| Error::Undecodable {
-        index,
-        reason: err.to_string(),
-    })?;
-    if entry.version > entry::VERSION {
-        let found = entry.version;
-        return Err(Error::NewerVersion { index, found });
-    }
-    if entry.publishes.len() >= usize::from(u16::MAX) {
-        return Err(Error::TooManyPublishes { index });
-    }
-    Ok(entry)
-}
-
-fn channel_key(publish: &entry::Publish) -> Option<ChannelKey> {
-    Some(ChannelKey {
-        app: publish.app.parse().ok()?,
-        name: ChannelName::parse(&publish.channel).ok()?,
-    })
-}
-
-/// Ids that a connection's numbering gives (`connectionId:msgSerial`) and ids that publishers choose never meet: nobody
-/// can take another connection's next publish for a repetition by choosing its id first.
-/// Records read from Kafka have ids that anybody could foretell: they, too, are apart.
-fn digest(id: &str, connection_id: &str, from_kafka: bool) -> KeyDigest {
-    let numbered = !connection_id.is_empty()
-        && id
-            .strip_prefix(connection_id)
-            .is_some_and(|rest| rest.starts_with(':'));
-    let mut context = ring::digest::Context::new(&ring::digest::SHA256);
-    let kind = match (from_kafka, numbered) {
-        (true, _) => 2,
-        (false, true) => 1,
-        (false, false) => 0,
-    };
-    context.update(&[kind]);
-    context.update(id.as_bytes());
-    let mut key = KeyDigest::default();
-    key.copy_from_slice(&context.finish().as_ref()[..16]);
-    key
-}
-
-fn millis(duration: std::time::Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+fn archive_error(index: u64, err: &io::Error) -> Error {
+    let reason = err.to_string();
+    Error::Archive { index, reason }
 }
