@@ -43,6 +43,7 @@ const ROOMS: &[Room] = &[
     room("tasks",     &["stdx"]),
     room("telemetry", &["stdx"]),
     room("storage",   &["tasks", "wire", "types", "stdx"]),
+    room("archive",   &["channel", "wire", "types", "stdx"]),
     room("transport", &["tasks", "wire", "types", "stdx"]),
     room("raft",      &["storage", "transport", "tasks", "channel", "wire", "types", "stdx"]),
     room("cluster",   &["raft", "transport", "tasks", "placement", "channel", "wire", "types", "stdx"]),
