@@ -50,8 +50,6 @@ pub struct Options {
     pub tail_bytes: usize,
     /// Freed segment files kept for reuse, beyond which they are deleted.
     pub spare_segments: usize,
-    /// stub
-    pub scrub_bytes_per_second: u64,
 }
 
 impl Options {
@@ -62,7 +60,6 @@ impl Options {
             segment_bytes: 64 << 20,
             tail_bytes: 64 << 20,
             spare_segments: 2,
-            scrub_bytes_per_second: 4 << 20,
         }
     }
 }

@@ -7,8 +7,9 @@ use openraft::StorageError;
 use openraft::testing::log::{StoreBuilder, Suite};
 
 use crate::raft::log_store::LogStore;
-use crate::raft::machine::Adapter;
-use crate::raft::{Machine, Response, TypeConfig};
+use crate::channel::Archive;
+use crate::raft::adapter::Adapter;
+use crate::raft::{Machine, Replay, Response, Restored, TypeConfig};
 use crate::storage::{Log, Options, Owner};
 use crate::types::GroupId;
 
@@ -30,13 +31,34 @@ impl Machine for Counter {
         self.0.to_le_bytes().to_vec().into()
     }
 
-    fn restore(&mut self, state: Bytes) -> Result<(), String> {
-        let bytes = state
-            .as_ref()
-            .try_into()
-            .map_err(|_| "eight bytes".to_owned())?;
-        self.0 = u64::from_le_bytes(bytes);
+    fn checkpointed(&mut self, _: u64) -> Result<(), String> {
         Ok(())
+    }
+
+    fn restore(&mut self, _: u64, checkpoint: Bytes) -> Result<Restored, String> {
+        let bytes = checkpoint.as_ref().try_into();
+        self.0 = u64::from_le_bytes(bytes.map_err(|_| "eight bytes".to_owned())?);
+        Ok(Restored::Whole)
+    }
+
+    fn archive(&self) -> Option<Arc<dyn Archive>> {
+        None
+    }
+
+    fn horizon(&self) -> u64 {
+        self.0
+    }
+
+    fn outline(&self) -> Bytes {
+        self.checkpoint()
+    }
+
+    fn restore_outline(&mut self, index: u64, outline: Bytes) -> Result<(), String> {
+        self.restore(index, outline).map(|_| ())
+    }
+
+    fn rebuild(&mut self, index: u64, outline: Bytes, _: Replay<'_>) -> Result<(), String> {
+        self.restore_outline(index, outline)
     }
 }
 
@@ -56,8 +78,10 @@ impl StoreBuilder<TypeConfig, LogStore, Adapter, Arc<(tempfile::TempDir, Log)>> 
         };
         let log = Log::open(options, &owner).unwrap();
         let group = GroupId(7);
-        let adapter = Adapter::open(Box::<Counter>::default(), log.snapshot(group)).unwrap();
-        let store = LogStore(log.group(group));
+        let part = log.group(group);
+        let machine = Box::<Counter>::default();
+        let (adapter, _) = Adapter::open(machine, log.snapshot(group), part.clone()).unwrap();
+        let store = LogStore(part);
         Ok((Arc::new((dir, log)), store, adapter))
     }
 }

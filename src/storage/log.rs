@@ -510,15 +510,6 @@ impl GroupLog {
         }
     }
 
-    /// stub
-    pub fn bytes(&self) -> u64 {
-        0
-    }
-    /// stub
-    pub fn newer_segments(&self) -> usize {
-        0
-    }
-
     fn shared(&self) -> &Arc<Shared> {
         &self.log.0.shared
     }

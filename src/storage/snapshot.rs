@@ -47,11 +47,6 @@ impl SnapshotFile {
         self.disk.sync_dir()
     }
 
-    /// stub
-    pub fn load_all(&self) -> io::Result<Vec<Bytes>> {
-        Ok(self.load()?.into_iter().collect())
-    }
-
     /// The group's snapshot, if there is one.
     ///
     /// # Errors
