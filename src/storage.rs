@@ -6,22 +6,35 @@
 //!   earlier one: there is one file sequence and one writer.
 //! * After a failed write or sync nothing is acknowledged again until the log has been opened anew.
 //! * Bytes that fail their checksum are never returned, and never skipped when something acknowledged may have
-//!   stood there: [`Log::open`] refuses instead.
+//!   stood there. In the newest segment, where votes may be lost with them, [`Log::open`] refuses. In older ones only
+//!   entries can be lost: those become *holes*, which still exist and have their ids, but cannot be read until they
+//!   are repaired with what a peer has.
+//! * Memory grows with the number of segments and with what is recent, not with the number of entries.
 //!
 //! Payloads, votes and entry kinds are opaque here; what they mean is the business of whoever writes them.
 
+mod cache;
 mod disk;
 mod error;
 mod frame;
 mod group;
+mod group_log;
 mod identity;
+mod index;
+mod layout;
+mod leaders;
 mod log;
 mod memory;
+mod read;
 mod recover;
+mod scan;
+mod scrub;
+mod seal;
 mod segment;
 mod snapshot;
 mod spares;
 mod track;
+mod varint;
 mod writer;
 
 #[cfg(test)]
@@ -34,9 +47,11 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use bytes::Bytes;
 
 pub use disk::{DirLock, Disk, DiskFile, RealDisk};
-pub use error::Error;
-pub use log::{GroupLog, Log, Stats};
+pub use error::{Damaged, Error};
+pub use group_log::GroupLog;
+pub use log::{Log, OnDamage, Stats};
 pub use memory::{MemoryDisk, Op};
+pub use scrub::Scrubbed;
 pub use snapshot::SnapshotFile;
 
 /// Where the log lives and how much it may hold on to.
@@ -50,6 +65,10 @@ pub struct Options {
     pub tail_bytes: usize,
     /// Freed segment files kept for reuse, beyond which they are deleted.
     pub spare_segments: usize,
+    /// Memory for indexes of sealed segments, which are read when entries there are.
+    pub index_bytes: usize,
+    /// How fast sealed segments are read over and over to find damage before somebody needs them; 0 for not at all.
+    pub scrub_bytes_per_second: u64,
 }
 
 impl Options {
@@ -60,6 +79,8 @@ impl Options {
             segment_bytes: 64 << 20,
             tail_bytes: 64 << 20,
             spare_segments: 2,
+            index_bytes: 32 << 20,
+            scrub_bytes_per_second: 4 << 20,
         }
     }
 }

@@ -16,8 +16,8 @@ use crc32c::{crc32c, crc32c_append};
 
 use crate::storage::LogId;
 
-/// What this build writes and the newest it reads.
-pub(super) const VERSION: u8 = 1;
+/// What this build writes, and all it reads: no release wrote older ones.
+pub(super) const VERSION: u8 = 2;
 pub(super) const HEADER: usize = 56;
 pub(super) const PAYLOAD_MAX: usize = 1 << 30;
 
@@ -34,17 +34,25 @@ pub(super) enum Kind {
     Truncate = 4,
     /// Entries up to the id no longer exist.
     Purge = 5,
-    /// At a segment's head: the group's entries run from the index in the payload to the id (tag 1), or there are
-    /// none (tag 0).
+    /// At a segment's head: the group's entries run from the index that the payload begins with to the id (tag 1),
+    /// or there are none (tag 0). The rest of the payload says who wrote which of them.
     Span = 6,
-    /// The segment ends here, and all of it is durable.
+    /// The segment ends here, and all of it is durable. The id is no log id: its index is where the directory's frame
+    /// begins, its term that one's payload length, its node the segment's number. Repeated at the end of the file.
     Seal = 7,
     /// The log was closed here, with everything before durable.
     Close = 8,
+    /// At a segment's end: where entries of the group lie in it, the first of them being the index of the id; tag 1
+    /// for `Repaired` ones.
+    Index = 9,
+    /// At a segment's end: what its indexes cover.
+    Directory = 10,
+    /// An entry that replaces one which was lost; it does not follow the one before.
+    Repaired = 11,
 }
 
 impl Kind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 11] = [
         Self::Entry,
         Self::Vote,
         Self::Committed,
@@ -53,6 +61,9 @@ impl Kind {
         Self::Span,
         Self::Seal,
         Self::Close,
+        Self::Index,
+        Self::Directory,
+        Self::Repaired,
     ];
 }
 

@@ -1,23 +1,23 @@
-//! The handles: the node's [`Log`], and one [`GroupLog`] per Raft group.
+//! The handle of the node's log, and what it shares with the writer, the readers and the scrubber.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, RwLockReadGuard};
 use std::thread::{self, JoinHandle};
 
-use bytes::Bytes;
-
+use crate::storage::cache::Cache;
 use crate::storage::disk::{Disk, RealDisk};
-use crate::storage::frame::{Frame, Kind, PAYLOAD_MAX};
-use crate::storage::group::{Found, Group, State, invalid};
+use crate::storage::group::{Group, State};
+use crate::storage::group_log::GroupLog;
 use crate::storage::recover::{End, recover};
+use crate::storage::scrub::{self, Scrubbed, Stop};
 use crate::storage::segment::Segment;
 use crate::storage::snapshot::SnapshotFile;
 use crate::storage::spares::Spares;
 use crate::storage::writer::{Record, Start, What, Writer};
-use crate::storage::{Done, Entry, Error, LogId, Options, Owner, identity, locked};
+use crate::storage::{Done, Error, LogId, Options, Owner, identity, locked};
 use crate::types::GroupId;
 
 const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = (4 << 10)..=(2 << 30);
@@ -26,14 +26,6 @@ const SEGMENT_BYTES: std::ops::RangeInclusive<u64> = (4 << 10)..=(2 << 30);
 /// was handed in is still written, but nobody waits for it.
 #[derive(Clone, Debug)]
 pub struct Log(Arc<Handle>);
-
-/// One Raft group's part of the log. Clones are the same. Calls of one group take effect in the order in which
-/// they are made; the caller sees to it that there is an order.
-#[derive(Clone, Debug)]
-pub struct GroupLog {
-    log: Log,
-    group: Arc<Group>,
-}
 
 /// Counters since the log was opened, and what it holds now.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -50,7 +42,18 @@ pub struct Stats {
     pub waiting_bytes: usize,
     /// Segments there are.
     pub segments: usize,
+    /// What their files take, with what was written ahead; spare ones are not counted.
+    pub bytes_on_disk: u64,
+    /// Entries that exist but cannot be read.
+    pub holes: u64,
+    /// Bytes of sealed segments that were read to find damage.
+    pub scrubbed_bytes: u64,
+    /// Times that all sealed segments were read so.
+    pub scrub_rounds: u64,
 }
+
+/// Told of entries that turned out to be unreadable, by the thread that tried to read them. Must be quick.
+pub type OnDamage = Box<dyn Fn(GroupId, Range<u64>) + Send + Sync>;
 
 #[derive(Debug)]
 struct Handle {
@@ -61,13 +64,15 @@ struct Handle {
 
 /// What handles, readers and the writer share. Lock order: a group's state, then `queue` or `segments`; no lock is
 /// held across I/O.
-#[derive(Debug)]
 pub(super) struct Shared {
     pub(super) disk: Arc<dyn Disk>,
     pub(super) queue: Mutex<Queue>,
     pub(super) wake: Condvar,
-    groups: Mutex<HashMap<u32, Arc<Group>>>,
-    pub(super) segments: RwLock<HashMap<u32, Arc<Segment>>>,
+    pub(super) groups: Mutex<HashMap<u32, Arc<Group>>>,
+    pub(super) segments: RwLock<BTreeMap<u32, Arc<Segment>>>,
+    pub(super) indexes: Mutex<Cache>,
+    pub(super) on_damage: Mutex<Option<Arc<OnDamage>>>,
+    pub(super) scrub: Stop,
     pub(super) counters: Counters,
 }
 
@@ -78,6 +83,8 @@ pub(super) struct Counters {
     pub(super) frames: AtomicU64,
     pub(super) bytes: AtomicU64,
     pub(super) waiting: AtomicUsize,
+    pub(super) scrubbed_bytes: AtomicU64,
+    pub(super) scrub_rounds: AtomicU64,
 }
 
 /// What waits for the writer.
@@ -116,6 +123,13 @@ impl Condition {
     }
 }
 
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { disk, queue, .. } = self;
+        write!(f, "Shared {{ {disk:?}, {queue:?} }}")
+    }
+}
+
 impl std::fmt::Debug for Queue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self {
@@ -126,8 +140,10 @@ impl std::fmt::Debug for Queue {
 }
 
 impl Log {
-    /// Opens the directory's log, creating it for `owner` when the directory is new or empty. Reads and verifies
-    /// every segment, so it takes a while: call it where blocking is allowed.
+    /// Opens the directory's log, creating it for `owner` when the directory is new or empty. Reads and verifies the
+    /// newest segment, and the directories of the others: call it where blocking is allowed.
+    ///
+    /// Entries that older segments have lost do not hinder it: see [`GroupLog::holes`].
     pub fn open(options: Options, owner: &Owner) -> Result<Self, Error> {
         let disk = RealDisk::new(&options.dir).map_err(Error::io("create", &options.dir))?;
         Self::open_on(Arc::new(disk), options, owner)
@@ -170,8 +186,13 @@ impl Log {
             wake: Condvar::new(),
             groups: Mutex::new(groups),
             segments: RwLock::new(segments.collect()),
+            indexes: Mutex::new(Cache::new(options.index_bytes)),
+            on_damage: Mutex::default(),
+            scrub: Stop::default(),
             counters: Counters::default(),
         });
+        let mut threads = vec![spares_thread];
+        let scrub_rate = options.scrub_bytes_per_second;
         let start = Start {
             shared: shared.clone(),
             options,
@@ -185,10 +206,18 @@ impl Log {
             .name("log-writer".to_owned())
             .spawn(move || writer.run())
             .map_err(Error::io("start a thread for", &dir))?;
+        // The writer ends first: its end is what the spares wait for.
+        threads.insert(0, thread);
+        let scrubber = scrub::start(&shared, scrub_rate);
+        let scrubber = scrubber.map_err(|error| {
+            shared.stop();
+            Error::io("start a thread for", &dir)(error)
+        })?;
+        threads.extend(scrubber);
         Ok(Self(Arc::new(Handle {
             shared,
             directory_id: identity.directory_id,
-            threads: Mutex::new(vec![thread, spares_thread]),
+            threads: Mutex::new(threads),
         })))
     }
 
@@ -201,10 +230,10 @@ impl Log {
             let number = group.0;
             Arc::new(Group { number, state })
         };
-        GroupLog {
-            log: self.clone(),
-            group: groups.entry(group.0).or_insert_with(new).clone(),
-        }
+        GroupLog::new(
+            self.clone(),
+            groups.entry(group.0).or_insert_with(new).clone(),
+        )
     }
 
     /// Where the group's snapshot lies.
@@ -233,13 +262,10 @@ impl Log {
 
     #[must_use]
     pub fn stats(&self) -> Stats {
-        let counters = &self.0.shared.counters;
-        let segments = self
-            .0
-            .shared
-            .segments
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
+        let shared = &self.0.shared;
+        let counters = &shared.counters;
+        let holes = shared.holes();
+        let segments = shared.segments();
         Stats {
             syncs: counters.syncs.load(Relaxed),
             batches: counters.batches.load(Relaxed),
@@ -247,7 +273,45 @@ impl Log {
             bytes: counters.bytes.load(Relaxed),
             waiting_bytes: counters.waiting.load(Relaxed),
             segments: segments.len(),
+            bytes_on_disk: segments
+                .values()
+                .map(|segment| segment.size.load(Relaxed))
+                .sum(),
+            holes,
+            scrubbed_bytes: counters.scrubbed_bytes.load(Relaxed),
+            scrub_rounds: counters.scrub_rounds.load(Relaxed),
         }
+    }
+
+    /// Whether the log still takes records. Once a write or sync has failed it never does again, until opened anew.
+    ///
+    /// # Errors
+    /// What made it fail.
+    pub fn health(&self) -> io::Result<()> {
+        match &locked(&self.0.shared.queue).condition {
+            failed @ Condition::Failed(..) => Err(failed.error()),
+            Condition::Open | Condition::Closed => Ok(()),
+        }
+    }
+
+    /// Has `callback` told of every entry that turns out to be unreadable from now on, by a reader or by the
+    /// scrubber. Replaces the one before. Entries known to be missing already: [`GroupLog::holes`].
+    pub fn on_damage(&self, callback: OnDamage) {
+        *locked(&self.0.shared.on_damage) = Some(Arc::new(callback));
+    }
+
+    /// Reads all sealed segments once, as fast as it goes, and verifies every frame. Damage found is reported and
+    /// turned into holes as when entries are read. Blocks.
+    ///
+    /// # Errors
+    /// When the log is closed while it runs.
+    pub fn scrub_now(&self) -> io::Result<Scrubbed> {
+        scrub::round(&self.0.shared, |_| !self.0.shared.scrub.is_set())
+            .ok_or_else(|| Condition::Closed.error())
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.0.shared
     }
 
     /// Writes and syncs what was handed in, ends the threads and lets go of the directory. What comes later fails;
@@ -260,10 +324,7 @@ impl Log {
                 .join()
                 .map_err(|_| io::Error::other("a thread of the log panicked"))?;
         }
-        match &locked(&self.0.shared.queue).condition {
-            failed @ Condition::Failed(..) => Err(failed.error()),
-            Condition::Open | Condition::Closed => Ok(()),
-        }
+        self.health()
     }
 }
 
@@ -304,11 +365,32 @@ impl Shared {
         }
         drop(queue);
         self.wake.notify_all();
+        self.scrub.set();
+    }
+
+    pub(super) fn segments(&self) -> RwLockReadGuard<'_, BTreeMap<u32, Arc<Segment>>> {
+        self.segments.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All groups, in order.
+    pub(super) fn all_groups(&self) -> Vec<Arc<Group>> {
+        let mut groups: Vec<_> = locked(&self.groups).values().cloned().collect();
+        groups.sort_unstable_by_key(|group| group.number);
+        groups
+    }
+
+    /// Entries that exist and cannot be read.
+    pub(super) fn holes(&self) -> u64 {
+        let groups = self.all_groups();
+        groups
+            .iter()
+            .map(|group| locked(&group.state).holes().len())
+            .sum()
     }
 
     /// Lets `change` alter a group and, in the same moment, queues the record it returns, if any. So the queue has a
     /// group's records in the order in which its readers saw them take effect.
-    fn submit(
+    pub(super) fn submit(
         &self,
         group: &Arc<Group>,
         done: Option<Done>,
@@ -342,175 +424,5 @@ impl Shared {
             self.wake.notify_all();
         }
         Ok(())
-    }
-}
-
-impl GroupLog {
-    /// Adds entries behind the last one. They can be read when this returns, and are durable when `done` is told so.
-    /// Fails when they would overwrite entries or leave a hole (`InvalidInput`), and when the log has failed or is
-    /// closed; then nothing was added, and `done` gets the same error.
-    pub fn append(&self, entries: Vec<Entry>, done: Done) -> io::Result<()> {
-        self.shared().submit(&self.group, Some(done), |state| {
-            if entries
-                .iter()
-                .any(|entry| entry.payload.len() > PAYLOAD_MAX)
-            {
-                return Err(invalid("an entry is larger than 1 GiB"));
-            }
-            let stamp = state.append(&entries)?;
-            Ok(Some(What::Entries(stamp, entries)))
-        })
-    }
-
-    /// Replaces the group's vote. `done` learns of every outcome.
-    pub fn save_vote(&self, vote: Bytes, done: Done) {
-        let saved = self.shared().submit(&self.group, Some(done), |state| {
-            if vote.len() > PAYLOAD_MAX {
-                return Err(invalid("a vote is larger than 1 GiB"));
-            }
-            state.vote = Some(vote.clone());
-            Ok(Some(What::Vote(vote)))
-        });
-        // The callback was told.
-        drop(saved);
-    }
-
-    /// The newest vote handed in, durable or not.
-    #[must_use]
-    pub fn vote(&self) -> Option<Bytes> {
-        locked(&self.group.state).vote.clone()
-    }
-
-    /// Remembers how far the group had committed. Not synced by itself: after a crash an older mark may be found.
-    pub fn save_committed(&self, committed: Option<LogId>) -> io::Result<()> {
-        let mut state = locked(&self.group.state);
-        let mut queue = locked(&self.shared().queue);
-        match &queue.condition {
-            Condition::Open => {}
-            closed => return Err(closed.error()),
-        }
-        state.committed = committed;
-        queue.committed.insert(self.group.number, committed);
-        Ok(())
-    }
-
-    #[must_use]
-    pub fn committed(&self) -> Option<LogId> {
-        locked(&self.group.state).committed
-    }
-
-    /// Removes entries behind index `keep`, or all that are not purged. They are gone for readers when this returns,
-    /// and on disk before anything handed in later. `InvalidInput` when `keep` lies before the purge mark.
-    pub fn truncate_after(&self, keep: Option<u64>) -> io::Result<()> {
-        self.shared().submit(&self.group, None, |state| {
-            let (last, removed) = state.truncate(keep)?;
-            Ok(removed.then_some(What::Truncate(last)))
-        })
-    }
-
-    /// Forgets entries up to `upto`, which need not exist here. Segments that nothing lives in any more are freed
-    /// after the mark is durable. `done` learns of every outcome; an older mark than the present one changes nothing.
-    pub fn purge(&self, upto: LogId, done: Done) {
-        let purged = self.shared().submit(&self.group, Some(done), |state| {
-            if upto.index == u64::MAX {
-                return Err(invalid("index is too large"));
-            }
-            Ok(state.purge(upto).then_some(What::Purge(upto)))
-        });
-        // The callback was told.
-        drop(purged);
-    }
-
-    /// The newest entry, or the purge mark when no entry is left.
-    #[must_use]
-    pub fn last(&self) -> Option<LogId> {
-        locked(&self.group.state).last()
-    }
-
-    /// The oldest entry's index.
-    #[must_use]
-    pub fn first(&self) -> Option<u64> {
-        locked(&self.group.state).first()
-    }
-
-    #[must_use]
-    pub fn purged(&self) -> Option<LogId> {
-        locked(&self.group.state).purged
-    }
-
-    /// The id of an entry that exists, without reading it.
-    #[must_use]
-    pub fn id(&self, index: u64) -> Option<LogId> {
-        locked(&self.group.state).id(index)
-    }
-
-    /// The first existing entry of each (term, node), in order. Nothing is read for it.
-    #[must_use]
-    pub fn leader_starts(&self) -> Vec<LogId> {
-        let state = locked(&self.group.state);
-        state
-            .first()
-            .map_or_else(Vec::new, |_| state.leader_starts())
-    }
-
-    /// Entries of `range` in order, from the first that exists on, until `max_bytes` of payload are reached; at
-    /// least one if there is one. Recent ones come from memory, others from disk, which may block. `InvalidData`
-    /// when an entry's bytes on disk are not what was written.
-    pub fn read(&self, range: Range<u64>, max_bytes: usize) -> io::Result<Vec<Entry>> {
-        let found = self.find(range, max_bytes)?;
-        let entry = |(found, segment)| self.entry(found, segment);
-        found.into_iter().map(entry).collect()
-    }
-
-    /// Collects what memory has, and files for the rest: while such a file is held, it is not written anew.
-    fn find(
-        &self,
-        range: Range<u64>,
-        max_bytes: usize,
-    ) -> io::Result<Vec<(Found, Option<Arc<Segment>>)>> {
-        let state = locked(&self.group.state);
-        let found = state.find(range, max_bytes);
-        let segments = self
-            .shared()
-            .segments
-            .read()
-            .unwrap_or_else(PoisonError::into_inner);
-        let with_file = |found| match &found {
-            Found::Here(_) => Ok((found, None)),
-            Found::There(id, slot) => match segments.get(&slot.segment) {
-                Some(segment) => Ok((found, Some(segment.clone()))),
-                None => Err(io::Error::other(format!(
-                    "entry {} has no segment",
-                    id.index
-                ))),
-            },
-        };
-        found.into_iter().map(with_file).collect()
-    }
-
-    fn entry(&self, found: Found, segment: Option<Arc<Segment>>) -> io::Result<Entry> {
-        match (found, segment) {
-            (Found::Here(entry), _) => Ok(entry),
-            (Found::There(id, _), None) => Err(io::Error::other(format!(
-                "entry {} has no segment",
-                id.index
-            ))),
-            (Found::There(id, slot), Some(segment)) => {
-                let expected = Frame {
-                    kind: Kind::Entry,
-                    tag: slot.kind,
-                    group: self.group.number,
-                    id,
-                    payload: &[],
-                };
-                let payload = segment.read(slot.offset, slot.length, expected)?;
-                let kind = slot.kind;
-                Ok(Entry { id, kind, payload })
-            }
-        }
-    }
-
-    fn shared(&self) -> &Arc<Shared> {
-        &self.log.0.shared
     }
 }

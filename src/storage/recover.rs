@@ -1,22 +1,28 @@
-//! Reading the segments at start: every frame is verified, and what cannot be explained is refused.
+//! Reading the segments at start. The newest one is read whole, every frame verified, and what a crash does not
+//! explain is refused: it holds the newest votes. Of the others the directories are enough; what they have lost
+//! becomes holes.
 //!
 //! The one thing that a crash explains is a newest segment whose last writes are missing in part. A frame tells how
 //! far its segment was durable when it was written; so unreadable bytes with a readable frame behind them are a torn
 //! write if nothing behind them knew them to be durable, and damage if something did. Segments that were removed are
-//! no hole: each segment's head says exactly which entries existed then.
+//! no hole: the newest one's head says exactly which entries existed then, and who wrote each of them. So an entry of
+//! an older segment counts if no later segment goes on before it and its id is the one that the head knows.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use bytes::Bytes;
 
+use crate::storage::Error;
 use crate::storage::disk::Disk;
-use crate::storage::frame::{self, Bad, Frame, Kind, u64_at};
-use crate::storage::group::{Slot, State};
+use crate::storage::frame::{self, Bad, Frame, Kind};
+use crate::storage::group::{self, Placed, State};
+use crate::storage::index::Slot;
+use crate::storage::layout::{Holes, Layout};
+use crate::storage::scan::{self, Stretch};
 use crate::storage::segment::{self, BadHeader, Header, Segment};
-use crate::storage::track::Track;
-use crate::storage::{Error, LogId};
+use crate::storage::track::{self, Sheet, Track};
 
 /// All that the segments say.
 #[derive(Debug)]
@@ -37,17 +43,6 @@ pub(super) enum End {
     Open { at: u64, dirty_to: u64 },
 }
 
-/// One group while frames are being applied.
-#[derive(Debug, Default)]
-struct Replay {
-    vote: Option<Bytes>,
-    committed: Option<LogId>,
-    purged: Option<LogId>,
-    entries: BTreeMap<u64, (LogId, Slot)>,
-    /// First index and last id of the entries that exist at this point, found or not.
-    span: Option<(u64, LogId)>,
-}
-
 /// Changes nothing on the disk.
 pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, Error> {
     let names = disk.list().map_err(Error::io("list", dir))?;
@@ -56,23 +51,41 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, Error> {
         .filter_map(|name| segment::number(name))
         .collect();
     numbers.sort_unstable();
-    let newest = numbers.last().copied();
-    let mut replays = HashMap::new();
+    let Some(newest) = numbers.pop() else {
+        return Ok(Recovered {
+            groups: HashMap::new(),
+            segments: Vec::new(),
+            end: End::Sealed,
+        });
+    };
+    let scan = Scan::open(disk, dir, newest)?;
+    let mut tracks = HashMap::new();
+    let end = scan.run(&mut tracks)?;
+    if end == End::Sealed {
+        // Its directory says the same as the sheets; let there be one way from here.
+        tracks
+            .values_mut()
+            .for_each(|track: &mut Track| track.sheet = Sheet::default());
+        numbers.push(newest);
+    }
+    let mut layouts: HashMap<u32, Layout> = HashMap::new();
     let mut segments = Vec::new();
-    let mut end = End::Sealed;
     for number in numbers {
-        let scan = Scan::open(disk, dir, number)?;
-        end = scan.run(&mut replays)?;
-        if let End::Open { at, .. } = end
-            && newest != Some(number)
-        {
-            return Err(scan.damaged(at, "readable records end here, yet the segment goes on"));
+        let (segment, stretches) = scan::open(disk, dir, number)?;
+        for stretch in stretches {
+            if let Some(track) = tracks.get(&stretch.group) {
+                add(layouts.entry(stretch.group).or_default(), stretch, track);
+            }
         }
+        segments.push(Arc::new(segment));
+    }
+    if end != End::Sealed {
         segments.push(Arc::new(scan.segment));
     }
     let mut groups = HashMap::new();
-    for (number, replay) in replays {
-        groups.insert(number, replay.finish(number, dir)?);
+    for (number, track) in tracks {
+        let layout = layouts.remove(&number).unwrap_or_default();
+        groups.insert(number, finish(number, newest, track, layout));
     }
     Ok(Recovered {
         groups,
@@ -81,7 +94,70 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, Error> {
     })
 }
 
-/// One segment, read whole.
+/// Adds what a segment holds to what the earlier ones hold.
+fn add(layout: &mut Layout, stretch: Stretch, track: &Track) {
+    let Stretch { part, leaders, .. } = stretch;
+    if !part.repaired {
+        layout.truncate(part.first);
+    }
+    for (first, last) in track.leaders.agreeing(&leaders, part.first, part.last) {
+        layout.overlay(part.clipped(first, last));
+    }
+}
+
+/// Of all that lies in sealed segments, only what the newest one knows to exist counts.
+fn finish(group: u32, newest: u32, mut track: Track, mut layout: Layout) -> (State, Track) {
+    let (first, end) = track
+        .span
+        .map_or((0, 0), |(first, last)| (first, last.index + 1));
+    let active = end - track.sheet.slots.len() as u64;
+    layout.purge(first);
+    layout.truncate(active);
+    let placed = |slot: &Slot| Placed {
+        segment: newest,
+        slot: *slot,
+    };
+    let repaired = track.sheet.repaired.iter();
+    let patches: std::collections::BTreeMap<_, _> = repaired
+        .map(|(index, slot)| (*index, placed(slot)))
+        .collect();
+    let mut holes = Holes::default();
+    layout
+        .gaps(first..active)
+        .into_iter()
+        .for_each(|gap| holes.add(gap));
+    patches
+        .keys()
+        .for_each(|index| holes.remove(*index..index + 1));
+    for hole in holes.ranges() {
+        tracing::warn!(
+            group,
+            first = hole.start,
+            last = hole.end - 1,
+            "entries are missing from the log"
+        );
+    }
+    let stretch = |part: &crate::storage::layout::Part| track::Stretch {
+        segment: part.segment,
+        first: part.first,
+        last: part.last,
+    };
+    track.sealed = layout.parts().map(stretch).collect();
+    let state = State::recovered(group::Recovered {
+        vote: track.vote.clone(),
+        committed: track.committed,
+        purged: track.purged,
+        span: track.span,
+        leaders: track.leaders.clone(),
+        sealed: layout,
+        slots: track.sheet.slots.iter().map(placed).collect(),
+        patches,
+        holes,
+    });
+    (state, track)
+}
+
+/// The newest segment, read whole.
 struct Scan {
     path: PathBuf,
     bytes: Vec<u8>,
@@ -100,11 +176,8 @@ impl Scan {
             .map_err(Error::io("read", &path))?;
         let what = match Header::decode(&bytes) {
             Ok(header) if header.number == u64::from(number) => {
-                let segment = Segment {
-                    number,
-                    incarnation: header.incarnation,
-                    file,
-                };
+                let segment = Segment::new(number, header.incarnation, file);
+                let segment = segment.map_err(Error::io("measure", &path))?;
                 return Ok(Self {
                     path,
                     bytes,
@@ -114,199 +187,115 @@ impl Scan {
             }
             Ok(header) => format!("the header is that of segment {:#x}", header.number),
             Err(BadHeader::Version(found)) => {
-                return Err(Error::NewerVersion {
-                    file: path,
-                    found,
-                    supported: segment::VERSION,
-                });
+                return Err(Error::version(path, found, segment::VERSION));
             }
             Err(BadHeader::Short) => "shorter than a segment's header".to_owned(),
             Err(BadHeader::Magic) => "not a segment of a log".to_owned(),
             Err(BadHeader::Checksum) => "checksum of the header does not match".to_owned(),
         };
-        Err(Error::Damaged {
-            file: path,
-            offset: 0,
-            what,
-        })
+        Err(Error::newest(path, 0, &what))
     }
 
-    fn run(&self, replays: &mut HashMap<u32, Replay>) -> Result<End, Error> {
+    fn run(&self, tracks: &mut HashMap<u32, Track>) -> Result<End, Error> {
         let incarnation = self.segment.incarnation;
         let mut at = segment::HEADER;
+        let mut footer = None;
         loop {
             match frame::decode(&self.bytes[at..], incarnation) {
                 Ok((frame, _)) if frame.kind == Kind::Seal => return Ok(End::Sealed),
-                Ok((frame, _)) if frame.kind == Kind::Close => at += frame.size(),
                 Ok((frame, _)) => {
-                    let replay = replays.entry(frame.group).or_default();
-                    let applied = replay.apply(&frame, self.segment.number, at);
-                    applied.map_err(|what| self.damaged(at as u64, what))?;
+                    match frame.kind {
+                        Kind::Close => {}
+                        Kind::Index | Kind::Directory => footer = footer.or(Some(at)),
+                        _ => {
+                            let track = tracks.entry(frame.group).or_default();
+                            let applied = apply(track, &frame, at);
+                            applied.map_err(|what| self.damaged(at as u64, &what))?;
+                        }
+                    }
                     at += frame.size();
                 }
                 Err(Bad::Version(found)) => {
-                    return Err(Error::NewerVersion {
-                        file: self.path.clone(),
-                        found: u32::from(found),
-                        supported: u32::from(frame::VERSION),
-                    });
+                    let (found, ours) = (u32::from(found), u32::from(frame::VERSION));
+                    return Err(Error::version(self.path.clone(), found, ours));
                 }
-                Err(bad) => return self.tail(at, bad),
+                Err(bad) => return self.tail(at, footer.unwrap_or(at), bad),
             }
         }
     }
 
-    /// Whether the log may end at `at`, where no frame can be read.
-    fn tail(&self, at: usize, bad: Bad) -> Result<End, Error> {
+    /// Whether the log may end at `at`, where no frame can be read. It goes on at `end`, before what was to seal the
+    /// segment but did not.
+    fn tail(&self, at: usize, end: usize, bad: Bad) -> Result<End, Error> {
         let offset = at as u64;
         if offset < self.header.head_end || bad == Bad::Kind {
-            return Err(self.damaged(offset, bad.to_string()));
+            return Err(self.damaged(offset, &bad.to_string()));
         }
-        let dirty_to = written_end(&self.bytes).max(at);
-        let mark = self.segment.incarnation.to_le_bytes();
-        let places = self.bytes[at..dirty_to].windows(mark.len()).enumerate();
-        for (place, _) in places.filter(|(place, window)| *place > 16 && *window == mark) {
-            let behind = at + place - 16;
-            if let Ok((_, synced)) = frame::decode(&self.bytes[behind..], self.segment.incarnation)
+        let incarnation = self.segment.incarnation;
+        let mut from = at;
+        while let Some(behind) = scan::resume(&self.bytes, incarnation, from + 1) {
+            if let Ok((_, synced)) = frame::decode(&self.bytes[behind..], incarnation)
                 && synced > offset
             {
                 let what = format!(
                     "{bad}; the record at byte {behind} shows that this one was acknowledged"
                 );
-                return Err(self.damaged(offset, what));
+                return Err(self.damaged(offset, &what));
             }
+            from = behind;
         }
+        // What an earlier use of the file left cannot be taken for a frame; what this one left could be, once new
+        // frames end just before it.
+        let mark = incarnation.to_le_bytes();
+        let last = self.bytes[end..]
+            .windows(mark.len())
+            .rposition(|window| window == mark);
         Ok(End::Open {
-            at: offset,
-            dirty_to: dirty_to as u64,
+            at: end as u64,
+            dirty_to: last.map_or(end, |last| end + last + mark.len()) as u64,
         })
     }
 
-    fn damaged(&self, offset: u64, what: impl Into<String>) -> Error {
-        Error::Damaged {
-            file: self.path.clone(),
-            offset,
-            what: what.into(),
-        }
+    fn damaged(&self, offset: u64, what: &str) -> Error {
+        Error::newest(self.path.clone(), offset, what)
     }
 }
 
-/// One past the last byte that is not zero.
-fn written_end(bytes: &[u8]) -> usize {
-    const PAGE: [u8; 4096] = [0; 4096];
-    // A preallocated segment is mostly zeros: compare pages first.
-    let zeros = bytes
-        .rchunks(PAGE.len())
-        .take_while(|page| **page == PAGE[..page.len()]);
-    let end = bytes.len() - zeros.map(<[u8]>::len).sum::<usize>();
-    bytes[..end]
-        .iter()
-        .rposition(|byte| *byte != 0)
-        .map_or(0, |last| last + 1)
+fn apply(track: &mut Track, frame: &Frame<'_>, at: usize) -> Result<(), String> {
+    match frame.kind {
+        Kind::Entry | Kind::Repaired => {
+            let slot = Slot {
+                offset: u32::try_from(at)
+                    .map_err(|_| "a segment this large is not readable".to_owned())?,
+                length: u32::try_from(frame.payload.len()).expect("decoded frames are limited"),
+                kind: frame.tag,
+            };
+            match frame.kind {
+                Kind::Repaired => track.repair(frame.id, slot),
+                _ => append(track, frame, slot)?,
+            }
+        }
+        Kind::Vote => track.vote = Some(Bytes::copy_from_slice(frame.payload)),
+        Kind::Committed => track.committed = frame.marked(),
+        Kind::Truncate => track.truncate(frame.marked()),
+        Kind::Purge => track.purge(frame.id),
+        Kind::Span => track.set_span(frame)?,
+        Kind::Seal | Kind::Close | Kind::Index | Kind::Directory => {}
+    }
+    Ok(())
 }
 
-impl Replay {
-    fn apply(&mut self, frame: &Frame<'_>, segment: u32, at: usize) -> Result<(), String> {
-        match frame.kind {
-            Kind::Entry => self.append(frame, segment, at)?,
-            Kind::Vote => self.vote = Some(Bytes::copy_from_slice(frame.payload)),
-            Kind::Committed => self.committed = frame.marked(),
-            Kind::Truncate => self.truncate(frame.marked()),
-            Kind::Purge => self.purge(frame.id),
-            Kind::Span => {
-                self.span = match frame.marked() {
-                    Some(last) if frame.payload.len() == 8 => {
-                        Some((u64_at(frame.payload, 0), last))
-                    }
-                    Some(_) => return Err("the span of a group has no first index".to_owned()),
-                    None => None,
-                };
-                let (first, last) = self
-                    .span
-                    .map_or((1, 0), |(first, last)| (first, last.index));
-                self.entries
-                    .retain(|index, _| (first..=last).contains(index));
-            }
-            Kind::Seal | Kind::Close => {}
-        }
-        Ok(())
+fn append(track: &mut Track, frame: &Frame<'_>, slot: Slot) -> Result<(), String> {
+    let index = frame.id.index;
+    let before = track.span.map(|(_, last)| last).or(track.purged);
+    if let Some(before) = before
+        && index != before.index + 1
+    {
+        let (group, before) = (frame.group, before.index);
+        return Err(format!(
+            "group {group}: entry {index} follows entry {before}"
+        ));
     }
-
-    fn append(&mut self, frame: &Frame<'_>, segment: u32, at: usize) -> Result<(), String> {
-        let index = frame.id.index;
-        let before = self.span.map(|(_, last)| last).or(self.purged);
-        if let Some(before) = before
-            && index != before.index + 1
-        {
-            let (group, before) = (frame.group, before.index);
-            return Err(format!(
-                "group {group}: entry {index} follows entry {before}"
-            ));
-        }
-        let slot = Slot {
-            segment,
-            offset: u32::try_from(at)
-                .map_err(|_| "a segment this large is not readable".to_owned())?,
-            length: u32::try_from(frame.payload.len()).expect("decoded frames are limited"),
-            kind: frame.tag,
-        };
-        let first = self.span.map_or(index, |(first, _)| first);
-        self.span = Some((first, frame.id));
-        self.entries.insert(index, (frame.id, slot));
-        Ok(())
-    }
-
-    fn truncate(&mut self, keep: Option<LogId>) {
-        let end = keep.map_or(0, |id| id.index.saturating_add(1));
-        self.entries.split_off(&end);
-        self.span = match (self.span, keep) {
-            (Some((first, _)), Some(keep)) if first <= keep.index => Some((first, keep)),
-            _ => None,
-        };
-    }
-
-    fn purge(&mut self, upto: LogId) {
-        self.purged = Some(upto);
-        self.entries = self.entries.split_off(&upto.index.saturating_add(1));
-        self.span = match self.span {
-            Some((first, last)) if last.index > upto.index => {
-                Some((first.max(upto.index + 1), last))
-            }
-            _ => None,
-        };
-    }
-
-    /// Every entry that should exist must have been found.
-    fn finish(self, group: u32, dir: &Path) -> Result<(State, Track), Error> {
-        let hole = |what| Error::Hole {
-            dir: dir.to_owned(),
-            group,
-            what,
-        };
-        if let Some((first, last)) = self.span {
-            let mut found = self.entries.keys();
-            if let Some(missing) = (first..=last.index).find(|index| found.next() != Some(index)) {
-                return Err(hole(format!(
-                    "entry {missing} is missing of {first} to {}",
-                    last.index
-                )));
-            }
-            let newest = self.entries.last_key_value().map(|(_, (id, _))| *id);
-            if newest != Some(last) {
-                return Err(hole(format!(
-                    "its last entry should be {last:?}, it is {newest:?}"
-                )));
-            }
-        }
-        let mut track = Track::default();
-        track.vote = self.vote.clone();
-        track.committed = self.committed;
-        track.purged = self.purged;
-        for (id, slot) in self.entries.values() {
-            track.append(slot.segment, *id);
-        }
-        let entries = self.entries.into_values();
-        let state = State::recovered(self.vote, self.committed, self.purged, entries);
-        Ok((state, track))
-    }
+    track.append(frame.id, slot);
+    Ok(())
 }

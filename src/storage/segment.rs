@@ -7,27 +7,34 @@
 //!
 //! Behind the header stands the *head*: the state of every group as it was then, so that older segments can go. A
 //! file gets a segment's name only when its header and head are durable, so a bad header is always damage.
+//!
+//! A sealed segment ends with its indexes, its directory and a seal, and the file with a copy of that seal: from
+//! there a reader finds the rest.
 
 use std::io;
 use std::sync::Arc;
-
-use bytes::Bytes;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 
 use crate::storage::disk::DiskFile;
 use crate::storage::frame::{self, Frame, u32_at, u64_at};
 use crate::storage::track::Track;
 
 pub(super) const MAGIC: &[u8; 8] = b"FIRTHLOG";
-/// What this build writes and the newest it reads.
-pub(super) const VERSION: u32 = 1;
+/// What this build writes, and all it reads: no release wrote older ones.
+pub(super) const VERSION: u32 = 2;
 pub(super) const HEADER: usize = 64;
 const SUFFIX: &str = ".log";
 
 #[derive(Debug)]
 pub(super) struct Segment {
     pub(super) number: u32,
+    /// Zero when it could not be learned: then no frame can be read.
     pub(super) incarnation: u64,
     pub(super) file: Arc<dyn DiskFile>,
+    /// Size of the file.
+    pub(super) size: AtomicU64,
+    /// Something in it is known to be unreadable.
+    pub(super) damaged: AtomicBool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,32 +120,38 @@ impl Header {
 }
 
 impl Segment {
-    /// Reads an entry's payload and verifies everything about its frame. `expected` has an empty payload.
-    /// Fails with `InvalidData`, naming file and offset, when the bytes are not that entry.
-    pub(super) fn read(&self, offset: u32, length: u32, expected: Frame<'_>) -> io::Result<Bytes> {
+    pub(super) fn new(number: u32, incarnation: u64, file: Arc<dyn DiskFile>) -> io::Result<Self> {
+        Ok(Self {
+            number,
+            incarnation,
+            size: AtomicU64::new(file.size()?),
+            file,
+            damaged: AtomicBool::new(false),
+        })
+    }
+
+    /// Reads a frame of this payload length.
+    pub(super) fn read(&self, offset: u32, length: u32) -> io::Result<Vec<u8>> {
+        let end = u64::from(offset) + frame::HEADER as u64 + u64::from(length);
+        if end > self.file.size()? {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
         let mut bytes = vec![0; frame::HEADER + length as usize];
         self.file.read_at(&mut bytes, u64::from(offset))?;
-        let bad = match frame::decode(&bytes, self.incarnation) {
-            Ok((found, _)) => {
-                let same = Frame {
-                    payload: &[],
-                    ..found
-                } == expected;
-                match same && found.payload.len() == length as usize {
-                    true => return Ok(Bytes::from(bytes).slice(frame::HEADER..)),
-                    false => "another record stands there".to_owned(),
-                }
-            }
-            Err(bad) => bad.to_string(),
-        };
-        let (group, index) = (expected.group, expected.id.index);
-        let file = name(self.number);
-        Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!(
-                "segment {file} at byte {offset}: entry {index} of group {group} is unreadable: {bad}"
-            ),
-        ))
+        Ok(bytes)
+    }
+
+    /// Whether these bytes are the expected frame, which is given without its payload. Says why not.
+    pub(super) fn verify(&self, bytes: &[u8], expected: Frame<'_>) -> Result<(), String> {
+        let (found, _) = frame::decode(bytes, self.incarnation).map_err(|bad| bad.to_string())?;
+        let same = Frame {
+            payload: &[],
+            ..found
+        } == expected;
+        match same && found.size() == bytes.len() {
+            true => Ok(()),
+            false => Err("another record stands there".to_owned()),
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::Path;
+use std::sync::atomic::Ordering::Relaxed;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
@@ -144,12 +145,13 @@ impl Keeper {
         Ok(())
     }
 
-    /// A file that somebody still reads is left to them and unlinked. A reused one gets its new name durably before
+    /// A file that somebody still reads is left to them and unlinked; one that was damaged is not trusted again. A reused one gets its new name durably before
     /// it may be overwritten: a crash must not show new contents under the old name.
     fn recycle(&mut self, segment: &Arc<Segment>) -> io::Result<()> {
         let name = segment::name(segment.number);
         let read = Arc::strong_count(segment) > 1;
-        if read || locked(&self.pool).len() >= self.keep {
+        let damaged = segment.damaged.load(Relaxed);
+        if read || damaged || locked(&self.pool).len() >= self.keep {
             return self.disk.remove(&name);
         }
         let spare = Spare {

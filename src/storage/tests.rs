@@ -30,6 +30,7 @@ fn options() -> Options {
     Options {
         segment_bytes: 4096,
         tail_bytes: 1 << 20,
+        scrub_bytes_per_second: 0,
         ..Options::new("log")
     }
 }

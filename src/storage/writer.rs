@@ -12,15 +12,17 @@ use bytes::Bytes;
 
 use crate::storage::disk::DirLock;
 use crate::storage::frame::{self, Frame, Kind};
-use crate::storage::group::Group;
+use crate::storage::group::{Group, Placed};
+use crate::storage::index::Slot;
 use crate::storage::log::{Condition, Shared};
+use crate::storage::seal::{ALWAYS, PER_ENTRY, PER_STRETCH};
 use crate::storage::segment::{self, Segment};
 use crate::storage::spares::Spares;
-use crate::storage::track::Track;
+use crate::storage::track::{Sheet, Track};
 use crate::storage::{Done, Entry, LogId, Options, locked};
 
 /// A batch is handed to the file in pieces of about this size.
-const PIECE: usize = 1 << 20;
+pub(super) const PIECE: usize = 1 << 20;
 
 /// Something to be written, in the order in which it was handed in.
 pub(super) struct Record {
@@ -36,6 +38,8 @@ pub(super) enum What {
     Vote(Bytes),
     Truncate(Option<LogId>),
     Purge(LogId),
+    /// Replacements for entries that were lost.
+    Repair(Vec<Entry>),
     /// Nothing of its own: durable when everything before it is.
     Barrier,
 }
@@ -44,7 +48,7 @@ impl Record {
     /// Bytes it will take in a segment.
     pub(super) fn size(&self) -> usize {
         match &self.what {
-            What::Entries(_, entries) => {
+            What::Entries(_, entries) | What::Repair(entries) => {
                 let payloads: usize = entries.iter().map(|entry| entry.payload.len()).sum();
                 payloads + entries.len() * frame::HEADER
             }
@@ -65,18 +69,22 @@ struct Batch {
 
 /// Owns the end of the log. What it holds in `tracks` is the state as of the last record it took.
 pub(super) struct Writer {
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     options: Options,
     spares: Spares,
     tracks: HashMap<u32, Track>,
-    active: Arc<Segment>,
+    pub(super) active: Arc<Segment>,
     /// Where `buffer` goes in the active segment.
     end: u64,
     /// How far the active segment is durable.
     synced: u64,
     /// End of the active segment's head.
     head_end: u64,
-    buffer: Vec<u8>,
+    /// About what sealing the active segment will add to it.
+    ending: u64,
+    pub(super) buffer: Vec<u8>,
+    /// Repaired entries that are not durable yet.
+    repaired: Vec<(Arc<Group>, LogId, Placed)>,
     asked_for_spare: bool,
     /// Something happened since the last sync that may have freed a segment.
     may_free: bool,
@@ -105,6 +113,13 @@ pub(super) struct Start {
 impl Writer {
     /// Continues the segment at `end`, which is durable so far.
     pub(super) fn resume(start: Start, active: Arc<Segment>, end: u64) -> Self {
+        let sheets = start.tracks.values().map(|track| &track.sheet);
+        let entries = |sheet: &Sheet| (sheet.slots.len() + sheet.repaired.len()) as u64;
+        let stretches =
+            |sheet: &Sheet| (usize::from(!sheet.slots.is_empty()) + sheet.repaired.len()) as u64;
+        let ending =
+            sheets.map(|sheet| entries(sheet) * PER_ENTRY + stretches(sheet) * PER_STRETCH);
+        let ending = ALWAYS + ending.sum::<u64>();
         Self {
             shared: start.shared,
             options: start.options,
@@ -114,7 +129,9 @@ impl Writer {
             end,
             synced: end,
             head_end: 0,
+            ending,
             buffer: Vec::new(),
+            repaired: Vec::new(),
             asked_for_spare: false,
             may_free: true,
             tail: VecDeque::new(),
@@ -235,6 +252,7 @@ impl Writer {
                 self.track(group).purge(*upto);
                 self.may_free = true;
             }
+            What::Repair(entries) => self.put_repaired(&record.group, entries)?,
             What::Barrier => {}
         }
         Ok(())
@@ -242,18 +260,26 @@ impl Writer {
 
     fn put_entries(&mut self, group: &Arc<Group>, stamp: u64, entries: &[Entry]) -> io::Result<()> {
         let mut places = Vec::with_capacity(entries.len());
+        let mut placed = 0;
         for entry in entries {
-            let place = self.put(&Frame {
-                kind: Kind::Entry,
-                tag: entry.kind,
-                group: group.number,
-                id: entry.id,
-                payload: &entry.payload,
-            })?;
-            self.track(group.number).append(place.0, entry.id);
+            let frame = entry_frame(Kind::Entry, group.number, entry);
+            if self.is_full_for(&frame) {
+                // Sealing must know of all that the segment holds.
+                locked(&group.state).place(stamp + placed, &places);
+                placed += places.len() as u64;
+                places.clear();
+            }
+            let place = self.put(&frame)?;
+            let slot = Slot::of(place.1, entry)?;
+            let track = self.track(group.number);
+            track.append(entry.id, slot);
+            self.ending += PER_ENTRY;
+            if self.track(group.number).sheet.slots.len() == 1 {
+                self.ending += PER_STRETCH;
+            }
             places.push(place);
         }
-        locked(&group.state).place(stamp, &places);
+        locked(&group.state).place(stamp + placed, &places);
         for (stamp, entry) in (stamp..).zip(entries) {
             let bytes = entry.payload.len();
             self.tail_bytes += bytes;
@@ -266,14 +292,25 @@ impl Writer {
         Ok(())
     }
 
-    fn track(&mut self, group: u32) -> &mut Track {
+    fn put_repaired(&mut self, group: &Arc<Group>, entries: &[Entry]) -> io::Result<()> {
+        for entry in entries {
+            let place = self.put(&entry_frame(Kind::Repaired, group.number, entry))?;
+            let (segment, slot) = (place.0, Slot::of(place.1, entry)?);
+            self.track(group.number).repair(entry.id, slot);
+            self.ending += PER_ENTRY + PER_STRETCH;
+            let placed = Placed { segment, slot };
+            self.repaired.push((group.clone(), entry.id, placed));
+        }
+        Ok(())
+    }
+
+    pub(super) fn track(&mut self, group: u32) -> &mut Track {
         self.tracks.entry(group).or_default()
     }
 
     /// Puts a frame at the log's end, in a new segment when it no longer fits, and returns where it will stand.
     fn put(&mut self, frame: &Frame<'_>) -> io::Result<(u32, u32)> {
-        let with_seal = (frame.size() + frame::HEADER) as u64;
-        if self.at() + with_seal > self.options.segment_bytes && self.at() > self.head_end {
+        if self.is_full_for(frame) {
             self.roll()?;
         }
         let offset = u32::try_from(self.at()).map_err(io::Error::other)?;
@@ -285,17 +322,32 @@ impl Writer {
         Ok((self.active.number, offset))
     }
 
+    fn is_full_for(&self, frame: &Frame<'_>) -> bool {
+        let more = frame.size() as u64 + PER_ENTRY + PER_STRETCH + self.ending;
+        self.at() + more > self.options.segment_bytes && self.at() > self.head_end
+    }
+
     /// Where the next frame goes.
-    fn at(&self) -> u64 {
+    pub(super) fn at(&self) -> u64 {
         self.end + self.buffer.len() as u64
     }
 
-    fn flush(&mut self) -> io::Result<()> {
+    /// How far the active segment was written.
+    pub(super) fn end(&self) -> u64 {
+        self.end
+    }
+
+    pub(super) fn synced(&self) -> u64 {
+        self.synced
+    }
+
+    pub(super) fn flush(&mut self) -> io::Result<()> {
         if self.buffer.is_empty() {
             return Ok(());
         }
         self.active.file.write_at(&self.buffer, self.end)?;
         self.end = self.at();
+        self.active.size.fetch_max(self.end, Relaxed);
         self.shared
             .counters
             .bytes
@@ -309,21 +361,23 @@ impl Writer {
         Ok(())
     }
 
-    fn sync(&mut self) -> io::Result<()> {
+    pub(super) fn sync(&mut self) -> io::Result<()> {
         self.active.file.sync()?;
         self.synced = self.end;
         self.shared.counters.syncs.fetch_add(1, Relaxed);
+        for (group, id, placed) in self.repaired.drain(..) {
+            locked(&group.state).patch(id, placed);
+        }
         Ok(())
     }
 
     /// Ends the active segment, durably, and goes on in the next one.
     fn roll(&mut self) -> io::Result<()> {
-        Frame::bare(Kind::Seal).encode(self.active.incarnation, self.synced, &mut self.buffer);
-        self.flush()?;
-        self.sync()?;
+        self.seal()?;
         let next = self.active.number + 1;
         let (active, end) = begin(&self.shared, &self.spares, &self.tracks, next)?;
         (self.active, self.end, self.synced, self.head_end) = (active, end, end, end);
+        self.ending = ALWAYS;
         self.asked_for_spare = false;
         self.may_free = true;
         Ok(())
@@ -336,12 +390,17 @@ impl Writer {
         }
         let used: HashSet<u32> = self.tracks.values().flat_map(Track::segments).collect();
         let active = self.active.number;
+        // What cannot be read may be all that is left of an entry: kept until all of them were replaced or purged.
+        let holes = self.shared.holes() > 0;
         let mut segments = self
             .shared
             .segments
             .write()
             .unwrap_or_else(PoisonError::into_inner);
-        let freed = segments.extract_if(|number, _| *number != active && !used.contains(number));
+        let freed = segments.extract_if(.., |number, segment| {
+            let kept = holes && segment.damaged.load(Relaxed);
+            *number != active && !used.contains(number) && !kept
+        });
         for (_, segment) in freed {
             self.spares.recycle(segment);
         }
@@ -368,6 +427,26 @@ impl Writer {
     }
 }
 
+fn entry_frame(kind: Kind, group: u32, entry: &Entry) -> Frame<'_> {
+    Frame {
+        kind,
+        tag: entry.kind,
+        group,
+        id: entry.id,
+        payload: &entry.payload,
+    }
+}
+
+impl Slot {
+    fn of(offset: u32, entry: &Entry) -> io::Result<Self> {
+        Ok(Self {
+            offset,
+            length: u32::try_from(entry.payload.len()).map_err(io::Error::other)?,
+            kind: entry.kind,
+        })
+    }
+}
+
 /// Makes the next segment: header and head durable first, the name afterwards.
 fn begin(
     shared: &Shared,
@@ -388,11 +467,7 @@ fn begin(
     shared.disk.sync_dir()?;
     shared.counters.syncs.fetch_add(1, Relaxed);
     shared.counters.bytes.fetch_add(head.len() as u64, Relaxed);
-    let segment = Arc::new(Segment {
-        number,
-        incarnation,
-        file: spare.file,
-    });
+    let segment = Arc::new(Segment::new(number, incarnation, spare.file)?);
     let mut segments = shared
         .segments
         .write()

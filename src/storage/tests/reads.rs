@@ -36,7 +36,9 @@ fn recent_entries_come_from_memory_and_old_ones_from_disk() {
         group.read(81..101, usize::MAX).unwrap(),
         entries(1, 81..101)
     );
-    assert_eq!(reads.load(Ordering::SeqCst), 10);
+    // One of the indexes and one of the entries, for each segment that they are in.
+    let count = reads.load(Ordering::SeqCst);
+    assert!((1..=4).contains(&count), "{count} reads");
     assert_eq!(all(&group), entries(1, 1..101));
 }
 
