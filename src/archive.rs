@@ -11,8 +11,9 @@
 //!   their writes as the proof, and could not be checked.)
 //! * *It is checked.* That recovery is right assumes that nothing sled has written was lost while something later
 //!   was kept. A power cut can break that: sled overwrites freed segments after flushes that were none. So after
-//!   anything but a clean close, opening reads all rows and compares them with the tally. After a clean close
-//!   (a `CLEAN` file that names each file's length) it does not; each page has a checksum that is checked when read.
+//!   anything but a clean close, opening reads all rows and compares them with the tally. After a clean close a
+//!   `CLEAN` file names each file's length and checksum, and comparing them is enough and quicker. (Lengths were not:
+//!   with a flipped bit sled opened without an error and held 386 of 2700 entries.)
 //!
 //! **What happens when it is not.** Any error or panic inside sled is returned as an [`io::Error`] and ends the
 //! archive: `mark` says 0, everything else fails, and a `BROKEN` file makes the next open set the folder aside, as it

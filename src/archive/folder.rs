@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 use std::fs::{self, File, TryLockError};
-use std::io::{self, ErrorKind, Write as _};
+use std::io::{self, ErrorKind, Read as _, Write as _};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,10 +26,10 @@ pub(super) fn mark_broken(dir: &Path, why: &str) -> io::Result<()> {
     write_durably(dir, BROKEN, why)
 }
 
-/// Leaves the word that sled closed as it should, with the lengths of its files.
+/// Leaves the word that sled closed as it should, with what its files hold.
 pub(super) fn mark_clean(dir: &Path) -> io::Result<()> {
-    let lengths = lengths(dir)?;
-    write_durably(dir, CLEAN, &lengths)
+    let contents = contents(dir)?;
+    write_durably(dir, CLEAN, &contents)
 }
 
 /// Whether the last close was clean and the files are as it left them. The word is good once.
@@ -42,7 +42,7 @@ pub(super) fn take_clean(dir: &Path) -> io::Result<bool> {
     };
     fs::remove_file(&path)?;
     sync(dir)?;
-    Ok(said == lengths(dir)?.as_bytes())
+    Ok(said == contents(dir)?.as_bytes())
 }
 
 fn write_durably(dir: &Path, name: &str, text: &str) -> io::Result<()> {
@@ -52,14 +52,30 @@ fn write_durably(dir: &Path, name: &str, text: &str) -> io::Result<()> {
     sync(dir)
 }
 
-fn lengths(dir: &Path) -> io::Result<String> {
+/// Length and CRC32C of each file. A length alone would not do: sled passes over damaged pages without a word.
+fn contents(dir: &Path) -> io::Result<String> {
     let mut text = String::new();
     for path in sled_files(dir)? {
         let name = path.strip_prefix(dir).unwrap_or(&path);
+        let (length, crc) = checksum(&path)?;
         // Writing to a string cannot fail.
-        let _ = writeln!(text, "{} {}", fs::metadata(&path)?.len(), name.display());
+        let _ = writeln!(text, "{length} {crc:08x} {}", name.display());
     }
     Ok(text)
+}
+
+fn checksum(path: &Path) -> io::Result<(u64, u32)> {
+    let mut file = File::open(path)?;
+    let mut buffer = vec![0; 256 << 10];
+    let (mut length, mut crc) = (0, 0);
+    loop {
+        let read = file.read(&mut buffer)?;
+        if read == 0 {
+            return Ok((length, crc));
+        }
+        length += read as u64;
+        crc = crc32c::crc32c_append(crc, &buffer[..read]);
+    }
 }
 
 /// Regular files of sled's, sorted.

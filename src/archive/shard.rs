@@ -162,10 +162,10 @@ impl Rows<'_> {
     fn add_entry(&mut self, channel: ChannelId, entry: &Archived) -> sled::Result<()> {
         let key = entry_key(channel, entry.first);
         let old = self.row(&key)?;
-        if let Some(old) = old.as_deref().and_then(|old| parse_entry(&key, old)) {
-            if old.key != entry.key {
-                self.remove_digest(channel, &old)?;
-            }
+        if let Some(old) = old.as_deref().and_then(|old| parse_entry(&key, old))
+            && old.key != entry.key
+        {
+            self.remove_digest(channel, &old)?;
         }
         self.set(key, old.as_deref(), Some(rows::entry(entry)));
 

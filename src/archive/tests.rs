@@ -339,7 +339,7 @@ fn damage_is_never_claimed() {
     let (temp, dir) = folder();
     grown(&dir, 900);
     let mut outcomes: BTreeMap<(String, &str), u32> = BTreeMap::new();
-    for (clean, n) in [(true, 40), (false, 40)] {
+    for (clean, n) in [(true, 24), (false, 24)] {
         for file in files(&dir) {
             let name = file.file_name().unwrap().to_str().unwrap().to_owned();
             let len = fs::metadata(&file).unwrap().len();
@@ -594,13 +594,13 @@ proptest! {
 #[test]
 #[ignore = "prints figures"]
 fn speed() {
-    const N: u64 = 1_000_000;
+    let count: u64 = std::env::var("ENTRIES").map_or(1_000_000, |n| n.parse().unwrap());
     let (_temp, dir) = folder();
     let archives = Archives::open(dir.clone(), Options::default()).unwrap();
     let shard = archives.shard(GROUP);
     let channel = |n: u64| -> ChannelId { digest(n % 1000) };
     let since = Instant::now();
-    for batch in 0..N / 4096 {
+    for batch in 0..count / 4096 {
         let entries: Vec<_> = (batch * 4096..(batch + 1) * 4096)
             .map(|n| (channel(n), entry(n)))
             .collect();
@@ -608,15 +608,19 @@ fn speed() {
     }
     println!(
         "put: {:.2} µs each",
-        since.elapsed().as_secs_f64() * 1e6 / N as f64
+        since.elapsed().as_secs_f64() * 1e6 / count as f64
     );
     let since = Instant::now();
     shard.seal().unwrap();
     println!("seal: {:?}", since.elapsed());
-    for (what, from) in [("absent", N * 10), ("present", 0), ("absent", N * 20)] {
+    for (what, from) in [
+        ("absent", count * 10),
+        ("present", 0),
+        ("absent", count * 20),
+    ] {
         let mut micros: Vec<f64> = (0..50_000_u64)
             .map(|i| {
-                let n = from + i.wrapping_mul(7_919) % (N / 4096 * 4096);
+                let n = from + i.wrapping_mul(7_919) % (count / 4096 * 4096);
                 let since = Instant::now();
                 let found = shard.find(channel(n), &digest(n)).unwrap();
                 assert_eq!(found.is_some(), from == 0);
@@ -634,7 +638,7 @@ fn speed() {
         .iter()
         .map(|f| fs::metadata(f).unwrap().len())
         .sum();
-    println!("disk: {} bytes per entry", bytes / N);
+    println!("disk: {} bytes per entry", bytes / count);
     drop((shard, archives));
     for clean in [true, false] {
         if !clean {
