@@ -129,6 +129,10 @@ struct Inner {
     leaving: Mutex<BTreeMap<NodeId, tokio::time::Instant>>,
 }
 
+/// How long a reader waits for damaged records to be had from other nodes, and how often that is looked at.
+const MEND_PATIENCE: Duration = Duration::from_secs(5);
+const MEND_LOOK: Duration = Duration::from_millis(50);
+
 /// Pages of the log read at a time.
 const READERS: usize = 16;
 
@@ -210,6 +214,23 @@ impl Cluster {
     /// # Errors
     /// When the log is damaged or no longer reaches back that far.
     pub async fn read_records(
+        &self,
+        shard: ShardId,
+        refs: Vec<RecordRef>,
+    ) -> io::Result<Vec<StoredRecord>> {
+        let until = tokio::time::Instant::now() + MEND_PATIENCE;
+        loop {
+            match self.read_records_once(shard, refs.clone()).await {
+                // Damaged here: other nodes are being asked for it.
+                Err(err) if err.kind() == io::ErrorKind::InvalidData && until.elapsed().is_zero() => {
+                    tokio::time::sleep(MEND_LOOK).await;
+                }
+                read => return read,
+            }
+        }
+    }
+
+    async fn read_records_once(
         &self,
         shard: ShardId,
         refs: Vec<RecordRef>,

@@ -132,7 +132,7 @@ impl Node {
         let archives = tokio::task::spawn_blocking(move || Archives::open(index, archive)).await?;
         let archives = archives.context("cannot open the index of older records")?;
         let parts = cluster::Parts {
-            host: Host::new(node, log.clone(), transport, config.raft),
+            host: Host::new(node, log.clone(), transport, config.raft, root),
             sink: hub.clone(),
             archive: Box::new(move |group| archives.shard(group)),
             phase,

@@ -11,6 +11,7 @@ mod leadership;
 mod log_store;
 mod machine;
 mod members;
+mod mender;
 mod network;
 mod rebuild;
 mod server;

@@ -17,6 +17,7 @@ use crate::raft::adapter::Adapter;
 use crate::raft::host::Parts;
 use crate::raft::keeper::Keeper;
 use crate::raft::log_store::{LogStore, normal_payload};
+use crate::raft::mender::Health;
 use crate::raft::network::Factory;
 use crate::raft::rebuild::other_outline;
 use crate::raft::{Machine, Options, Payload, Raft, Response, leadership};
@@ -61,9 +62,6 @@ pub struct Group {
     health: Health,
 }
 
-/// Whether the replica can prove its log. Clones share it.
-pub(super) type Health = Arc<std::sync::atomic::AtomicBool>;
-
 impl fmt::Debug for Group {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Group")
@@ -102,6 +100,8 @@ impl Group {
         let store = LogStore(parts.log.clone());
         let raft = Raft::new(parts.node.0, config, factory, store, adapter.clone()).await;
         let raft = raft.map_err(|err| failed(err.to_string()))?;
+        raft.runtime_config()
+            .elect(parts.health.load(Ordering::Acquire));
         let leadership = leadership::follow(id, &raft, parts.transport, tasks);
         let keeper = Keeper {
             raft: raft.clone(),
@@ -119,7 +119,7 @@ impl Group {
             log: parts.log,
             adapter,
             leadership,
-            health: Health::new(true.into()),
+            health: parts.health,
         })
     }
 
@@ -202,7 +202,11 @@ impl Group {
     #[must_use]
     pub fn leads(&self) -> bool {
         let leader = self.leadership.borrow().leader;
-        leader == Some(NodeId(*self.raft.node_id()))
+        leader.is_some_and(|leader| self.is_me(leader))
+    }
+
+    pub(super) fn is_me(&self, node: NodeId) -> bool {
+        node.0 == *self.raft.node_id()
     }
 
     /// Committed commands from `first` on, with their log indexes, about `max_bytes` of them but at least one,

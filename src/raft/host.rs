@@ -5,11 +5,12 @@ use std::sync::Arc;
 use tokio::sync::Semaphore;
 
 use crate::raft::log_store::normal_payload;
+use crate::raft::mender::{Health, Healths, Mender};
 use crate::raft::server::Server;
 use crate::raft::throttle::Throttle;
 use crate::raft::{Error, Group, Machine, Options};
 use crate::storage::{GroupLog, Log, SnapshotFile};
-use crate::tasks::Tasks;
+use crate::tasks::{OnError, Tasks};
 use crate::transport::Transport;
 use crate::types::{GroupId, NodeId};
 
@@ -23,6 +24,7 @@ pub struct Host {
     /// Checkpoints being made at a time: each holds a state's bytes in memory.
     turns: Arc<Semaphore>,
     catch_up: Throttle,
+    healths: Healths,
     options: Options,
 }
 
@@ -37,14 +39,25 @@ pub(super) struct Parts {
     pub(super) transport: Transport,
     pub(super) turns: Arc<Semaphore>,
     pub(super) catch_up: Throttle,
+    pub(super) health: Health,
 }
 
 impl Host {
     /// Answers Raft's calls on this transport from now on.
     #[must_use]
-    pub fn new(node: NodeId, log: Log, transport: Transport, options: Options) -> Self {
+    pub fn new(
+        node: NodeId,
+        log: Log,
+        transport: Transport,
+        options: Options,
+        tasks: &Tasks,
+    ) -> Self {
         let server = Server::default();
         server.register(&transport);
+        let healths = Healths::default();
+        let (known, way) = (healths.clone(), transport.clone());
+        let mender = Mender::new(log.clone(), way, server.clone(), known);
+        tasks.spawn("raft.mender", OnError::StopNode, |token| mender.run(token));
         Self {
             node,
             log,
@@ -52,6 +65,7 @@ impl Host {
             server,
             turns: Arc::new(Semaphore::new(CHECKPOINTS)),
             catch_up: Throttle::new(options.catch_up_bytes_per_second),
+            healths,
             options,
         }
     }
@@ -73,6 +87,7 @@ impl Host {
             transport: self.transport.clone(),
             turns: self.turns.clone(),
             catch_up: self.catch_up.clone(),
+            health: self.healths.of(id),
         };
         let group = Group::start(id, parts, machine, &self.options, tasks).await?;
         self.server.add(group.clone());

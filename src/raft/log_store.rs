@@ -3,6 +3,7 @@
 use std::fmt::Debug;
 use std::io;
 use std::ops::{Bound, RangeBounds, RangeInclusive};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::{Stream, TryStreamExt as _, stream};
@@ -10,6 +11,7 @@ use openraft::storage::{IOFlushed, LogState, RaftLogStorage};
 use openraft::{EntryPayload, OptionalSend, RaftLogReader};
 use prost::Message as _;
 use tokio::sync::oneshot;
+use tokio::time::Instant;
 
 use crate::raft::codec::{decode, log_id, membership_in, membership_out, vote_in, vote_out};
 use crate::raft::{Entry, LogId, Payload, TypeConfig, Vote};
@@ -87,7 +89,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
         range: RB,
     ) -> io::Result<Vec<Entry>> {
         let (start, end) = bounds(&range);
-        read(&self.0, start, end, usize::MAX)
+        read_mended(&self.0, start, end, usize::MAX).await
     }
 
     async fn read_vote(&mut self) -> io::Result<Option<Vote>> {
@@ -103,9 +105,9 @@ impl RaftLogReader<TypeConfig> for LogStore {
         let (start, end) = bounds(&range);
         let log = self.0.clone();
         let pages = stream::try_unfold(start, move |next| {
-            let page = read(&log, next, end, PAGE_BYTES);
+            let log = log.clone();
             async move {
-                let page = page?;
+                let page = read_mended(&log, next, end, PAGE_BYTES).await?;
                 let last = page.last().map(|entry| entry.log_id.index);
                 Ok::<_, io::Error>(last.map(|last| (stream::iter(page.into_iter().map(Ok)), last + 1)))
             }
@@ -128,7 +130,7 @@ impl RaftLogReader<TypeConfig> for LogStore {
     }
 
     async fn limited_get_log_entries(&mut self, start: u64, end: u64) -> io::Result<Vec<Entry>> {
-        read(&self.0, start, end, REQUEST_BYTES)
+        read_mended(&self.0, start, end, REQUEST_BYTES).await
     }
 }
 
@@ -161,6 +163,33 @@ pub(super) async fn barrier(log: &GroupLog) -> io::Result<()> {
     durable.await
 }
 
+/// How long a damaged entry may take to be had from another node before the group gives up, and how often that is looked
+/// at.
+const MEND_PATIENCE: Duration = Duration::from_secs(60);
+const MEND_LOOK: Duration = Duration::from_millis(20);
+
+/// Like `read`, and waits for damaged entries to be mended.
+async fn read_mended(
+    log: &GroupLog,
+    start: u64,
+    end: u64,
+    max_bytes: usize,
+) -> io::Result<Vec<Entry>> {
+    let until = Instant::now() + MEND_PATIENCE;
+    loop {
+        match read(log, start, end, max_bytes) {
+            Err(err) if is_damage(&err) && Instant::now() < until => {
+                tokio::time::sleep(MEND_LOOK).await;
+            }
+            read => return read,
+        }
+    }
+}
+
+fn is_damage(err: &io::Error) -> bool {
+    err.get_ref().is_some_and(|inner| inner.is::<storage::Damaged>())
+}
+
 fn read(log: &GroupLog, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {
     if start >= end {
         return Ok(Vec::new());
@@ -172,7 +201,7 @@ fn read(log: &GroupLog, start: u64, end: u64, max_bytes: usize) -> io::Result<Ve
 type Saved = std::pin::Pin<Box<dyn Future<Output = io::Result<()>> + Send>>;
 
 /// A callback for the log's writer, and the wait for it.
-fn completion() -> (storage::Done, Saved) {
+pub(super) fn completion() -> (storage::Done, Saved) {
     let (tx, rx) = oneshot::channel();
     let done: storage::Done = Box::new(move |result| {
         // The waiter may be gone: its group was stopped.
@@ -197,7 +226,7 @@ pub(super) fn id_out(id: &LogId) -> storage::LogId {
     }
 }
 
-fn entry_out(entry: Entry) -> storage::Entry {
+pub(super) fn entry_out(entry: Entry) -> storage::Entry {
     let (kind, payload) = match entry.payload {
         EntryPayload::Blank => (BLANK, Bytes::new()),
         EntryPayload::Normal(payload) => (NORMAL, payload.0),

@@ -58,7 +58,7 @@ impl Server {
         groups.insert(group.id(), group);
     }
 
-    fn group(&self, group: GroupId) -> Option<Group> {
+    pub(super) fn group(&self, group: GroupId) -> Option<Group> {
         let groups = self.groups.read().unwrap_or_else(|err| err.into_inner());
         groups.get(&group).cloned()
     }
