@@ -355,7 +355,7 @@ fn place_in(place: wire::Place) -> Result<Place, InvalidCheckpoint> {
     Ok(Place { index, position })
 }
 
-fn record_out(record: &Archived) -> wire::Record {
+pub(super) fn record_out(record: &Archived) -> wire::Record {
     wire::Record {
         place: Some(place_out(record.first)),
         stamp_ms: record.stamp_ms,

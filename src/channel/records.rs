@@ -126,6 +126,7 @@ impl Records {
     }
 
     /// Bytes on the heap.
+    #[cfg(test)]
     pub(super) fn heap_bytes(&self) -> usize {
         let table = self.table.as_ref();
         let table = table.map_or(0, |table| {
