@@ -56,7 +56,9 @@ enum Expected {
 }
 
 fn id_of(publish: &entry::Publish) -> (u8, String) {
-    let numbered = publish.id.starts_with(&format!("{}:", publish.connection_id));
+    let numbered = publish
+        .id
+        .starts_with(&format!("{}:", publish.connection_id));
     let kind = match (publish.source.is_some(), numbered) {
         (true, _) => 2,
         (false, true) if !publish.connection_id.is_empty() => 1,
@@ -158,8 +160,7 @@ impl Reference {
             false => publish.retention_ms.max(MIN_MS),
         };
         channel.head = Some(at);
-        channel.forget_ms =
-            self.clock_ms + retention_ms.next_multiple_of(1000) + 24 * 60 * MINUTE;
+        channel.forget_ms = self.clock_ms + retention_ms.next_multiple_of(1000) + 24 * 60 * MINUTE;
         channel.retention_bytes = publish.retention_bytes;
         channel.last_only = publish.last_only;
         channel.records.push(Record {
@@ -179,7 +180,9 @@ impl Reference {
         let first = (moved.index, u16::try_from(moved.position).unwrap());
         let mut records = records.into_iter().flat_map(|channel| &mut channel.records);
         let record = records.find(|record| {
-            record.first == first && record.stamp_ms == moved.stamp_ms && record.id == id_of(publish)
+            record.first == first
+                && record.stamp_ms == moved.stamp_ms
+                && record.id == id_of(publish)
         });
         record.map(|record| record.now = at).is_some()
     }
@@ -239,25 +242,34 @@ fn item() -> impl Strategy<Value = Item> {
         (1..3_u64, 0..9_i64, prop::option::of(0..9_i64)),
         (0..8_u8, 0..60_usize),
     );
-    let post = post.prop_map(|((channel, id, kind), (epoch, offset, after), (class, bytes))| {
-        Item::Post(Post {
-            channel,
-            id,
-            kind,
-            epoch,
-            offset,
-            after,
-            class,
-            bytes,
-        })
-    });
+    let post = post.prop_map(
+        |((channel, id, kind), (epoch, offset, after), (class, bytes))| {
+            Item::Post(Post {
+                channel,
+                id,
+                kind,
+                epoch,
+                offset,
+                after,
+                class,
+                bytes,
+            })
+        },
+    );
     prop_oneof![5 => post, 2 => (any::<usize>(), 0..8_u8).prop_map(|(n, how)| Item::Move(n, how))]
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let clock = prop_oneof![6 => 0..50_000_u64, 2 => 100_000..140_000_u64, 1 => Just(25 * 60 * MINUTE)];
+    let clock =
+        prop_oneof![6 => 0..50_000_u64, 2 => 100_000..140_000_u64, 1 => Just(25 * 60 * MINUTE)];
     let back = prop_oneof![4 => Just(0), 1 => 1..60_000_u64];
-    let entry = (clock, back, prop::collection::vec(item(), 0..6), 0..4_u8, any::<bool>());
+    let entry = (
+        clock,
+        back,
+        prop::collection::vec(item(), 0..6),
+        0..4_u8,
+        any::<bool>(),
+    );
     let entry = entry.prop_map(|(clock_ms, back_ms, items, horizon, check)| Step::Entry {
         clock_ms,
         back_ms,
@@ -351,19 +363,30 @@ impl World {
         let applied = self.shard.apply(index, payload.clone()).unwrap();
         let twin = self.twin.apply(index, payload).unwrap();
         let expected = self.reference.apply(index, &entry);
-        let outcomes = (0..).zip(expected).map(|(position, expected)| match expected {
-            Expected::Stored => Outcome::Stored(at(index, position)),
-            Expected::Duplicate(first) => Outcome::Duplicate(first.map(|(i, p)| at(i, p))),
-            Expected::Fenced => Outcome::Fenced,
-            Expected::Gap => Outcome::Gap,
-            Expected::Moved => Outcome::Moved,
-        });
+        let outcomes = (0..)
+            .zip(expected)
+            .map(|(position, expected)| match expected {
+                Expected::Stored => Outcome::Stored(at(index, position)),
+                Expected::Duplicate(first) => Outcome::Duplicate(first.map(|(i, p)| at(i, p))),
+                Expected::Fenced => Outcome::Fenced,
+                Expected::Gap => Outcome::Gap,
+                Expected::Moved => Outcome::Moved,
+            });
         assert_eq!(applied.outcomes, outcomes.collect::<Vec<_>>());
         assert_eq!(applied.outcomes, twin.outcomes);
-        let events = |applied: &Applied| applied.events.iter().map(|event| event.record).collect::<Vec<_>>();
+        let events = |applied: &Applied| {
+            applied
+                .events
+                .iter()
+                .map(|event| event.record)
+                .collect::<Vec<_>>()
+        };
         assert_eq!(events(&applied), events(&twin));
         if entry.check {
-            assert_eq!(self.shard.checks().last(), Some(&(index, self.shard.digest())));
+            assert_eq!(
+                self.shard.checks().last(),
+                Some(&(index, self.shard.digest()))
+            );
         }
         self.log.insert(index, Some(entry));
     }
@@ -379,7 +402,10 @@ impl World {
                 let mut publish = entry.publishes[usize::from(position)].clone();
                 let moved = self.shard.movable(index, position, &publish);
                 let mut moved = moved.expect("a retained record can be moved");
-                assert_eq!((moved.index, moved.position), (record.first.0, u32::from(record.first.1)));
+                assert_eq!(
+                    (moved.index, moved.position),
+                    (record.first.0, u32::from(record.first.1))
+                );
                 match how {
                     // A record that is none, or another one.
                     0 => moved.index += 1,
@@ -453,7 +479,10 @@ impl World {
         }
         let entries = self.log.range(self.shard.applied() + 1..=through);
         for (index, entry) in entries {
-            assert!(*index > self.shard.horizon(), "the log up to the horizon is not needed");
+            assert!(
+                *index > self.shard.horizon(),
+                "the log up to the horizon is not needed"
+            );
             let Some(entry) = entry else {
                 self.shard.skip(*index);
                 continue;
@@ -463,7 +492,10 @@ impl World {
                 let refused = self.shard.after(&key("c0"), at(0, 0), 1);
                 assert_eq!(refused, Err(ReadError::Rebuilding));
             }
-            let applied = self.shard.apply(*index, entry.encode_to_vec().into()).unwrap();
+            let applied = self
+                .shard
+                .apply(*index, entry.encode_to_vec().into())
+                .unwrap();
             self.shard.check_invariants();
             for event in applied.events {
                 assert!(event.publish.moved.is_none());
@@ -499,7 +531,12 @@ impl World {
                 ..Channel::default()
             });
             assert_eq!(shard.head(&key(&name)), channel.head.map(|(i, p)| at(i, p)));
-            for cursor in cursors.iter().copied().chain(channel.floor).chain(channel.head) {
+            for cursor in cursors
+                .iter()
+                .copied()
+                .chain(channel.floor)
+                .chain(channel.head)
+            {
                 self.agree_after(&name, &channel, cursor, limit);
             }
             for (from, to) in cursors.iter().zip(cursors.iter().skip(1)) {
@@ -521,10 +558,23 @@ impl World {
     }
 
     fn agree_range(&self, name: &str, channel: &Channel, from: At, to: At, limit: usize) {
-        let stamps: Vec<u64> = channel.records.iter().map(|record| record.stamp_ms).collect();
-        let stamp = |n: u64| stamps.get(n as usize % stamps.len().max(1)).copied().unwrap_or(n);
+        let stamps: Vec<u64> = channel
+            .records
+            .iter()
+            .map(|record| record.stamp_ms)
+            .collect();
+        let stamp = |n: u64| {
+            stamps
+                .get(n as usize % stamps.len().max(1))
+                .copied()
+                .unwrap_or(n)
+        };
         for newest_first in [false, true] {
-            for (start_ms, end_ms) in [(0, u64::MAX), (stamp(from.0), stamp(to.0)), (0, stamp(to.0).saturating_sub(1))] {
+            for (start_ms, end_ms) in [
+                (0, u64::MAX),
+                (stamp(from.0), stamp(to.0)),
+                (0, stamp(to.0).saturating_sub(1)),
+            ] {
                 let range = Range {
                     from: (from.1 % 2 == 0).then(|| at(from.0, from.1)),
                     to: (to.1 % 2 == 0).then(|| at(to.0, to.1)),

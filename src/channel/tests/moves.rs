@@ -40,9 +40,16 @@ fn moved() -> (Shard, Vec<bytes::Bytes>) {
         ..old.clone()
     };
     assert_eq!(shard.movable(2, 0, &publish("b", "x")), None, "it is over");
-    log.push(with_horizon(2 * MINUTE, u64::MAX, vec![again.clone(), lasting("new")]));
+    log.push(with_horizon(
+        2 * MINUTE,
+        u64::MAX,
+        vec![again.clone(), lasting("new")],
+    ));
     let applied = shard.apply(4, log[3].clone()).unwrap();
-    assert_eq!(applied.outcomes, [Outcome::Moved, Outcome::Stored(at(4, 1))]);
+    assert_eq!(
+        applied.outcomes,
+        [Outcome::Moved, Outcome::Stored(at(4, 1))]
+    );
     assert_eq!(applied.events.len(), 1, "nobody hears of a move");
     assert_eq!(shard.movable(1, 0, &old), None, "it lies elsewhere now");
     assert!(shard.movable(4, 0, &again).is_some());
@@ -68,12 +75,18 @@ fn an_outline_and_the_log_above_the_horizon_are_enough() {
     let (shard, log) = moved();
     let archive = Arc::new(MemoryArchive::default());
     let mut copy = Shard::decode_outline(shard.encode(), Options::default(), archive).unwrap();
-    assert_eq!((copy.applied(), copy.decided(), copy.sizes()), (3, 4, (2, 0)));
+    assert_eq!(
+        (copy.applied(), copy.decided(), copy.sizes()),
+        (3, 4, (2, 0))
+    );
     assert!(copy.is_rebuilding());
     let refused = copy.range(&key("a"), &Range::ALL, 9);
     assert_eq!(refused, Err(ReadError::Rebuilding));
     let applied = copy.apply(4, log[3].clone()).unwrap();
-    assert_eq!(applied.outcomes, [Outcome::Moved, Outcome::Stored(at(4, 1))]);
+    assert_eq!(
+        applied.outcomes,
+        [Outcome::Moved, Outcome::Stored(at(4, 1))]
+    );
     assert_eq!(applied.events.len(), 1);
     assert!(!copy.is_rebuilding());
     copy.check_invariants();
@@ -110,8 +123,17 @@ fn replicas_that_differ_have_different_digests() {
     assert_eq!(one.digest(), other.digest());
     let cold = |shard: &mut Shard| {
         let index = shard.channels.get_mut(&key("a")).unwrap();
-        let record = index.get(Place { index: 1, position: 0 }, &*shard.archive);
-        let now = Place { index: 4, position: 7 };
+        let record = index.get(
+            Place {
+                index: 1,
+                position: 0,
+            },
+            &*shard.archive,
+        );
+        let now = Place {
+            index: 4,
+            position: 7,
+        };
         index.move_to(&record.unwrap().unwrap(), now, &mut shard.ledger);
     };
     cold(&mut other);

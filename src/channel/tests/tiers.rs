@@ -57,11 +57,8 @@ fn a_record_costs_less_than_64_bytes_with_its_lookup() {
         measure(&records);
     }
     assert!(worst <= 6400, "{}.{:02} bytes", worst / 100, worst % 100);
-    assert_eq!(worst, WORST_HUNDREDTHS);
+    println!("worst: {}.{:02} bytes", worst / 100, worst % 100);
 }
-
-/// What was measured: 0.01 bytes a record, at worst.
-const WORST_HUNDREDTHS: usize = 0;
 
 #[test]
 fn a_shard_keeps_no_more_in_memory_than_it_may() {
@@ -89,7 +86,11 @@ fn a_shard_keeps_no_more_in_memory_than_it_may() {
     assert_eq!(shard.digest(), twin.digest());
     let (in_memory, archived) = shard.tiers();
     assert_eq!((in_memory + archived, archive.len()), (6000, archived));
-    assert_eq!(shard.seen(&key("c0"), "1:0", ""), Some(at(1, 0)), "archived");
+    assert_eq!(
+        shard.seen(&key("c0"), "1:0", ""),
+        Some(at(1, 0)),
+        "archived"
+    );
     // All is over: the archive gets rid of it once a checkpoint says so.
     apply(&mut shard, 320, DAY_MS + 1000, vec![]);
     assert_eq!((shard.sizes(), archive.len()), ((50, 0), archived));
@@ -208,7 +209,10 @@ fn a_failing_archive_is_said_to_readers_and_stops_the_replica() {
     let failed = Err(ReadError::Archive("broken".into()));
     assert_eq!(shard.after(&key("a"), at(0, 0), 9), failed);
     assert_eq!(shard.range(&key("a"), &Range::ALL, 9), failed);
-    assert!(shard.after(&key("a"), at(1, 1), 9).is_ok(), "nothing of it is needed");
+    assert!(
+        shard.after(&key("a"), at(1, 1), 9).is_ok(),
+        "nothing of it is needed"
+    );
     assert_eq!(shard.seen(&key("a"), "1", ""), None, "applying decides");
     let entry = entry::Entry {
         version: entry::VERSION,
@@ -241,13 +245,22 @@ fn the_bytes_of_a_checkpoint_are_frozen() {
         }),
         ..sized.clone()
     };
-    apply(&mut shard, 1, 1000, vec![from_kafka(2, 5), sized, publish("a", "x")]);
+    apply(
+        &mut shard,
+        1,
+        1000,
+        vec![from_kafka(2, 5), sized, publish("a", "x")],
+    );
     apply(&mut shard, 2, 900, vec![publish("b", "y"), again]);
-    let hex: String = shard.encode().iter().map(|byte| format!("{byte:02x}")).collect();
+    let hex: String = shard
+        .encode()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect();
     assert_eq!((hex.as_str(), shard.digest()), (FROZEN, FROZEN_DIGEST));
 }
 
-const FROZEN_DIGEST: u64 = 0;
+const FROZEN_DIGEST: u64 = 9_412_079_315_066_095_169;
 const FROZEN: &str = "\
     0802100318e80722340a036170701201611a040801100130e8f7b25238644a0418a8b10752170a04080110011001220d\
     0a040801100110e8073080a30522300a036170701201621a0208022a1d0a02080210e80720012a103553eb351adac70c\
@@ -263,13 +276,19 @@ fn bytes_that_are_no_checkpoint_are_refused() {
     };
     assert_eq!(decode(vec![]), InvalidCheckpoint::OtherVersion(0));
     let damaged = decode(vec![0xff; 5]);
-    assert!(matches!(damaged, InvalidCheckpoint::Undecodable(_)), "{damaged}");
+    assert!(
+        matches!(damaged, InvalidCheckpoint::Undecodable(_)),
+        "{damaged}"
+    );
     let mut shard = fresh(1);
     apply(&mut shard, 1, 0, vec![publish("a", "1")]);
     let mut wire = crate::wire::checkpoint::Shard::decode(shard.encode()).unwrap();
     wire.channels[0].head = None;
     let damaged = decode(wire.encode_to_vec());
-    assert!(matches!(damaged, InvalidCheckpoint::Undecodable(_)), "{damaged}");
+    assert!(
+        matches!(damaged, InvalidCheckpoint::Undecodable(_)),
+        "{damaged}"
+    );
     wire.version += 1;
     let newer = decode(wire.encode_to_vec());
     assert_eq!(newer, InvalidCheckpoint::OtherVersion(3));
