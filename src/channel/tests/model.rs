@@ -448,7 +448,7 @@ impl World {
         match how {
             0 => {
                 let bytes = self.shard.encode();
-                let copy = self.decode(bytes.clone());
+                let copy = self.decode(bytes);
                 // The archive learns of what comes after the checkpoint, and the node stops.
                 self.catch_up();
                 self.shard = copy;
@@ -565,7 +565,7 @@ impl World {
             .collect();
         let stamp = |n: u64| {
             stamps
-                .get(n as usize % stamps.len().max(1))
+                .get(usize::try_from(n).unwrap() % stamps.len().max(1))
                 .copied()
                 .unwrap_or(n)
         };
@@ -576,8 +576,8 @@ impl World {
                 (0, stamp(to.0).saturating_sub(1)),
             ] {
                 let range = Range {
-                    from: (from.1 % 2 == 0).then(|| at(from.0, from.1)),
-                    to: (to.1 % 2 == 0).then(|| at(to.0, to.1)),
+                    from: (from.1.is_multiple_of(2)).then(|| at(from.0, from.1)),
+                    to: (to.1.is_multiple_of(2)).then(|| at(to.0, to.1)),
                     start_ms,
                     end_ms,
                     newest_first,

@@ -33,7 +33,7 @@ fn record(n: u64) -> Archived {
 }
 
 /// Issue 3, point 4: at most 64 bytes in memory for a remembered id, its record included. From 64 records on at every
-/// moment of growing, staying and shrinking; below, allocations are too small to share out.
+/// moment of growing, staying and shrinking; below, the table's own struct weighs more. Measured: 61.82.
 #[test]
 fn a_record_costs_less_than_64_bytes_with_its_lookup() {
     let mut records = Records::default();
