@@ -216,10 +216,10 @@ impl Shard {
         index.retention_bytes = channel.retention_bytes;
         index.last_only = channel.last_only;
         index.aged = channel.aged.map(aged_in).transpose()?.map(Box::new);
-        if let Some(archived) = channel.archived.filter(|_| with_records) {
-            if self.restore_archived(&key, &mut index, archived)? {
-                self.moved_cold.insert(key.clone());
-            }
+        if let Some(archived) = channel.archived.filter(|_| with_records)
+            && self.restore_archived(&key, &mut index, archived)?
+        {
+            self.moved_cold.insert(key.clone());
         }
         for record in channel.records.into_iter().filter(|_| with_records) {
             let record = record_in(record)?;
@@ -355,7 +355,7 @@ fn place_in(place: wire::Place) -> Result<Place, InvalidCheckpoint> {
     Ok(Place { index, position })
 }
 
-fn record_out(record: &Archived) -> wire::Record {
+pub(super) fn record_out(record: &Archived) -> wire::Record {
     wire::Record {
         place: Some(place_out(record.first)),
         stamp_ms: record.stamp_ms,

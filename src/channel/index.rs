@@ -66,6 +66,10 @@ pub(super) struct Index {
     pub(super) records: Records,
     pub(super) cold: Option<Box<Cold>>,
     /// Where payloads lie that were moved: of records in memory, and of archived ones that the archive does not know of.
+    #[expect(
+        clippy::box_collection,
+        reason = "most channels have none, and there are millions"
+    )]
     pub(super) moved: Option<Box<BTreeMap<Place, Place>>>,
     pub(super) head: Option<Place>,
     pub(super) floor: Option<Place>,

@@ -126,6 +126,7 @@ impl Records {
     }
 
     /// Bytes on the heap.
+    #[cfg(test)]
     pub(super) fn heap_bytes(&self) -> usize {
         let table = self.table.as_ref();
         let table = table.map_or(0, |table| {
@@ -148,7 +149,7 @@ impl Records {
 
     fn give_back(&mut self) {
         let len = self.queue.len();
-        if self.queue.capacity() > len + len / 8 + SCANNED_MAX {
+        if self.queue.capacity() > len + len / 8 + 1 {
             self.queue.shrink_to(len + len / 16);
         }
         let (queue, popped) = (&self.queue, self.popped);

@@ -4,7 +4,7 @@
 
 use std::io;
 
-use crate::channel::archive::{Archive, Archived, Place};
+use crate::channel::archive::{Archive, Archived, ChannelId, Place};
 use crate::channel::held::expires_ms;
 use crate::channel::index::{Front, Index, PAGE, aging_ms, lost};
 use crate::channel::ledger::Ledger;
@@ -26,15 +26,16 @@ impl Index {
         }
     }
 
-    /// Drops the oldest records that are over by their time or by the channel's rule.
+    /// Drops the oldest records that are over by their time or by the channel's rule. Says up to which place the
+    /// archive holds nothing of use any more, if that changed.
     pub(super) fn expire(
         &mut self,
         now_ms: u64,
         ledger: &mut Ledger,
         archive: &dyn Archive,
-    ) -> io::Result<()> {
+    ) -> io::Result<Option<(ChannelId, Place)>> {
         self.age(now_ms, archive)?;
-        self.expire_archived(now_ms, ledger, archive)?;
+        let gone = self.expire_archived(now_ms, ledger, archive)?;
         while self.cold.is_none()
             && let Some(held) = self.records.front()
         {
@@ -46,7 +47,7 @@ impl Index {
             ledger.in_memory -= 1;
             self.drop_front(&record, ledger);
         }
-        Ok(())
+        Ok(gone)
     }
 
     fn is_over(&self, record: &Archived, now_ms: u64) -> bool {
@@ -89,9 +90,9 @@ impl Index {
         now_ms: u64,
         ledger: &mut Ledger,
         archive: &dyn Archive,
-    ) -> io::Result<()> {
+    ) -> io::Result<Option<(ChannelId, Place)>> {
         let Some(cold) = &self.cold else {
-            return Ok(());
+            return Ok(None);
         };
         let (id, through, floor) = (cold.id, cold.through, self.floor);
         // Mostly one record at a time is over; when many are, pages grow.
@@ -123,10 +124,8 @@ impl Index {
             }
             limit = (limit * 2).min(PAGE);
         }
-        if let Some(gone) = self.floor.filter(|_| self.floor != floor) {
-            archive.forget(id, gone);
-        }
-        Ok(())
+        let gone = self.floor.filter(|_| self.floor != floor);
+        Ok(gone.map(|gone| (id, gone)))
     }
 
     /// Accounts for the loss of the oldest record, which its tier no longer counts.

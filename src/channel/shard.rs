@@ -23,6 +23,9 @@ const PUT_MAX: usize = 1024;
 /// Checks remembered.
 const CHECKS_MAX: usize = 8;
 
+/// What may be forgotten is noted once for so many log indexes.
+const FORGET_SPAN: u64 = 16;
+
 /// What a replica may choose for itself: nothing that shows in the state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -143,6 +146,8 @@ pub struct Shard {
     pub(super) mark: u64,
     /// Channels with archived records that were moved since.
     pub(super) moved_cold: BTreeSet<ChannelKey>,
+    /// Up to where the archive may forget a channel, once a checkpoint of the end of a span of entries is durable.
+    gone: BTreeMap<(u64, ChannelId), Place>,
 }
 
 impl Shard {
@@ -169,6 +174,7 @@ impl Shard {
             hand: None,
             mark: 0,
             moved_cold: BTreeSet::new(),
+            gone: BTreeMap::new(),
         }
     }
 
@@ -262,7 +268,11 @@ impl Shard {
                 continue;
             };
             self.channels_digest = self.channels_digest.wrapping_sub(index.digest());
-            index.expire(self.clock_ms, &mut self.ledger, &*self.archive)?;
+            let gone = index.expire(self.clock_ms, &mut self.ledger, &*self.archive)?;
+            if let Some((id, through)) = gone {
+                let span = self.applied / FORGET_SPAN;
+                self.gone.insert((span, id), through);
+            }
             if index.is_empty() && index.forget_ms <= self.clock_ms {
                 self.forgotten = self.forgotten.max(index.head);
                 self.channels.remove(&key);
@@ -310,12 +320,18 @@ impl Shard {
     }
 
     /// Notes that a checkpoint of this shard with this `applied`, or a newer one, is durable, so that no older one
-    /// will be decoded again. The archive then learns where archived records were moved to, which it may not before:
-    /// an older checkpoint relies on the places of its time.
+    /// will be decoded again. The archive then learns what it may forget, and where archived records were moved to:
+    /// not before, since an older checkpoint relies on what was there in its time.
     ///
     /// # Errors
     /// When the archive fails, as for `apply`.
     pub fn checkpointed(&mut self, applied: u64) -> Result<(), Error> {
+        while let Some(entry) = self.gone.first_entry()
+            && (entry.key().0 + 1) * FORGET_SPAN <= applied
+        {
+            let ((_, id), through) = entry.remove_entry();
+            self.archive.forget(id, through);
+        }
         self.flush_moves(applied)
             .map_err(|err| archive_error(self.applied, &err))
     }
