@@ -13,6 +13,9 @@ use crate::types::GroupId;
 
 mod crash;
 mod damage;
+mod damage_model;
+mod footers;
+mod holes;
 mod io_errors;
 mod model;
 mod open;

@@ -33,6 +33,9 @@ impl Model {
         let mut starts: Vec<LogId> = self.entries.iter().map(|entry| entry.id).collect();
         starts.dedup_by_key(|id| (id.term, id.node));
         assert_eq!(group.leader_starts(), starts, "{what}");
+        let bytes: usize = self.entries.iter().map(|entry| entry.payload.len()).sum();
+        assert_eq!(group.bytes(), bytes as u64, "{what}");
+        assert_eq!(group.holes(), [], "{what}");
         let (start, end) = (random.below(200), random.below(200));
         let inside = |entry: &&Entry| (start..end).contains(&entry.id.index);
         let expected: Vec<_> = self.entries.iter().filter(inside).cloned().collect();
