@@ -1,0 +1,3 @@
+//! What clusters are put through.
+
+mod running;
