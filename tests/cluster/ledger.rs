@@ -32,10 +32,10 @@ impl Default for Mix {
     fn default() -> Self {
         Self {
             prefix: "c",
-            channels: 6,
-            publishers: 2,
+            channels: 4,
+            publishers: 1,
             burst: 8,
-            pause: Duration::from_millis(20),
+            pause: Duration::from_millis(30),
             body_max: 2000,
             retention: RETENTION,
         }

@@ -21,7 +21,7 @@ use crate::disk::TestDisk;
 use crate::node::{Process, Recorder, SHARDS, certify};
 
 /// Longer than anything takes on a machine that compiles meanwhile.
-pub(crate) const SOON: Duration = Duration::from_secs(60);
+pub(crate) const SOON: Duration = Duration::from_secs(90);
 pub(crate) const RETENTION: Duration = channel::RETENTION_MIN;
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 

@@ -109,15 +109,13 @@ impl Process {
         let opened = opening.await?;
         let (tasks, mut fatal_rx) = Tasks::root();
         let listen = SocketAddr::from(([127, 0, 0, 1], 0));
-        let mut options = transport::Options::new(
+        let options = transport::Options::new(
             listen,
             NodeId(id),
             CLUSTER,
             home.join("certs"),
             BTreeMap::new(),
         );
-        options.raft_idle_timeout = Duration::from_millis(800);
-        options.keep_alive = Duration::from_millis(100);
         let on_tasks = tasks.clone();
         // The endpoint belongs to the runtime that it is made on.
         let starting = runtime.spawn(async move { Transport::start(options, &on_tasks) });
@@ -216,10 +214,11 @@ fn options(node: NodeId, nodes: &[u64]) -> cluster::Options {
             shards: SHARDS,
             ..Default::default()
         },
+        // A follower must answer an append within a heartbeat, also one of an unoptimised build on a busy machine.
         raft: raft::Options {
-            heartbeat: Duration::from_millis(60),
-            election_min: Duration::from_millis(200),
-            election_max: Duration::from_millis(350),
+            heartbeat: Duration::from_millis(250),
+            election_min: Duration::from_millis(500),
+            election_max: Duration::from_millis(750),
             ..raft::Options::default()
         },
         waiting_bytes_max: 16 << 20,
