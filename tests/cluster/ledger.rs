@@ -110,11 +110,6 @@ impl Load {
         load
     }
 
-    pub(crate) fn acked(&self) -> usize {
-        let counts = self.counts.iter();
-        counts.map(|count| count.load(Ordering::Relaxed)).sum()
-    }
-
     /// Waits until each publisher was told of `more` acknowledgements: nobody is left behind.
     pub(crate) async fn progress(&self, more: usize) {
         let load = |count: &Arc<AtomicUsize>| count.load(Ordering::Relaxed);

@@ -161,12 +161,12 @@ pub(crate) fn key(channel: &str) -> ChannelKey {
 impl Net {
     /// Starts nodes 1 to `n` on empty disks, and waits until they serve. The seed decides what power cuts leave.
     pub(crate) async fn start(n: u64, seed: u64) -> Arc<Self> {
-        // RUST_LOG shows what the nodes say; a second test finds it set up.
-        let filter = tracing_subscriber::EnvFilter::from_default_env();
-        let _ = tracing_subscriber::fmt()
-            .with_env_filter(filter)
-            .with_thread_names(true)
-            .try_init();
+        if std::env::var_os("RUST_LOG").is_some() {
+            let lines = tracing_subscriber::fmt().with_thread_names(true);
+            let lines = lines.with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+            // A second test finds it set up.
+            let _ = lines.try_init();
+        }
         let homes = tempfile::tempdir().unwrap();
         let authority = homes.path().join("ca");
         certs::create_ca(&authority).unwrap();

@@ -43,7 +43,7 @@ function look(cluster, node) {
       disk: diskBytes(folder),
       segments: segments(folder).length,
       fds: fs.readdirSync(`/proc/${node.pid}/fd`).length,
-      threads: kilobytes('Threads'),
+      threads: Number(/^Threads:\s+(\d+)/m.exec(status)?.[1] ?? NaN),
     };
   } catch (error) {
     if (error.code === 'ENOENT' || error.code === 'ESRCH') return null;
@@ -208,12 +208,12 @@ function flat(node, field, half, kept) {
 async function missing(clients, recent, kept) {
   const verdict = [];
   const still = recent.filter((one) => one.at > Date.now() - KEPT_MS);
-  const byName = Map.groupBy(still, (one) => one.name);
-  const wanted = [...byName].map(([name, list]) => [name, list.map((one) => one.text)]);
+  const byName = new Map();
+  for (const { name, text } of still) byName.set(name, [...(byName.get(name) ?? []), text]);
   for (const id of [1, 2, 3]) {
     let lost = 0;
     let doubled = 0;
-    for (const [name, texts] of [...wanted, [PERSISTED, kept]]) {
+    for (const [name, texts] of [...byName, [PERSISTED, kept]]) {
       const seen = (await history(clients.rest(id), name)).map((message) => message.data.split('|')[0]);
       const held = new Set(seen);
       doubled += seen.length - held.size;

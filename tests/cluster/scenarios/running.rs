@@ -1,7 +1,5 @@
 //! Nodes that die, stop and stall while others publish.
 
-use std::time::Duration;
-
 use firth::storage::Op;
 
 use crate::disk::Then;
