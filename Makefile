@@ -27,7 +27,10 @@ SDK_TESTS ?= sdk order bad-input failover restart cli
 KAFKA_TESTS ?= kafka-in kafka-out
 PAGE_TESTS ?= page
 
-.PHONY: help test setup tools build lint fmt clippy doc deny unit sdk kafka page kafka-jars fix audit clean
+# How long `make soak` publishes.
+MINUTES ?= 60
+
+.PHONY: help test setup tools build lint fmt clippy doc deny unit sdk kafka page soak kafka-jars fix audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -85,6 +88,10 @@ kafka: build $(NODE_MODULES) $(KAFKA_JARS) ## a real Kafka beside the cluster
 page: build $(NODE_MODULES) ## the chat page in headless Chromium; screenshots in target/screenshots
 	@echo "== the page in Chromium"
 	cd $(SDK) && $(call run_node,$(PAGE_TESTS))
+
+soak: build $(NODE_MODULES) ## an hour of publishing with retention: memory and disk must stay flat; MINUTES=60, results in target/soak
+	@echo "== $(MINUTES) minutes of publishing"
+	MINUTES=$(MINUTES) node tests/soak/retention.mjs
 
 # Each file has a cluster of its own; two at once would measure each other on a small machine.
 run_node = node --test --test-concurrency=1 --test-reporter=spec $(addsuffix .test.mjs,$(1))

@@ -176,7 +176,9 @@ export class Cluster {
   /** The end of what all processes said, for the report of a failure. */
   logs() {
     const files = fs.existsSync(this.data) ? fs.readdirSync(this.data, { recursive: true }) : [];
-    const more = files.filter((file) => String(file).endsWith('.log')).map((file) => path.join(this.data, String(file)));
+    // A node's own words, `node-1.log`; segments of its log end like that too.
+    const words = files.filter((file) => /^node-\d+\.log$/.test(String(file)));
+    const more = words.map((file) => path.join(this.data, String(file)));
     return [this.log, ...more].map((file) => `--- ${file}\n${tail(file)}`).join('\n');
   }
 

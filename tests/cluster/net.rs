@@ -1,0 +1,532 @@
+//! A cluster of such nodes: started, cut, killed, restarted, wiped, asked.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use firth::channel;
+use firth::cluster::{Cluster, Submitted};
+use firth::storage::Log;
+use firth::transport::{Transport, certs};
+use firth::types::{ChannelKey, ChannelName, GroupId, NodeId, Range, Serial, ShardId};
+use firth::wire::entry;
+use tempfile::TempDir;
+use tokio::runtime::Handle;
+use tokio::sync::watch;
+
+use crate::disk::TestDisk;
+use crate::node::{Process, Recorder, SHARDS, certify};
+
+/// Longer than anything takes on a machine that compiles meanwhile.
+pub(crate) const SOON: Duration = Duration::from_secs(90);
+pub(crate) const RETENTION: Duration = channel::RETENTION_MIN;
+const LOOK_AGAIN: Duration = Duration::from_millis(10);
+
+/// Polls until `look` finds something. Panics with `what` after `within`.
+pub(crate) async fn until<T>(
+    what: &str,
+    within: Duration,
+    mut look: impl AsyncFnMut() -> Option<T>,
+) -> T {
+    let deadline = Instant::now() + within;
+    loop {
+        if let Some(found) = look().await {
+            return found;
+        }
+        assert!(
+            Instant::now() < deadline,
+            "gave up after {within:?} waiting for {what}"
+        );
+        tokio::time::sleep(LOOK_AGAIN).await;
+    }
+}
+
+/// A small generator, so that a seed names a run: xorshift64*.
+#[derive(Debug)]
+pub(crate) struct Random(u64);
+
+impl Random {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        (self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 33) % end
+    }
+}
+
+/// What a publisher heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Stored(Serial),
+    /// Stored before, there.
+    Again(Serial),
+    /// It may be stored or not.
+    Unknown,
+}
+
+impl Outcome {
+    pub(crate) fn serial(self) -> Option<Serial> {
+        match self {
+            Self::Stored(serial) | Self::Again(serial) => Some(serial),
+            Self::Unknown => None,
+        }
+    }
+}
+
+/// One record of a channel's history.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Stored {
+    pub(crate) serial: Serial,
+    pub(crate) id: String,
+    pub(crate) body: Bytes,
+}
+
+/// A node that lives, as seen at one moment.
+#[derive(Clone)]
+pub(crate) struct Live {
+    pub(crate) id: u64,
+    pub(crate) cluster: Cluster,
+    pub(crate) log: Log,
+    pub(crate) failure: watch::Receiver<Option<String>>,
+    transport: Transport,
+    handle: Handle,
+}
+
+impl Live {
+    pub(crate) fn leads(&self, shard: ShardId) -> bool {
+        self.cluster.leadership(shard).borrow().leader == Some(NodeId(self.id))
+    }
+
+    /// Runs on the node; `None` when it is killed meanwhile.
+    async fn run<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> Option<T> {
+        self.handle.spawn(work).await.ok()
+    }
+
+    /// A shard's state as bytes and the log index that it is at.
+    pub(crate) fn state(&self, shard: ShardId) -> (u64, Bytes) {
+        let state = self.cluster.state(shard);
+        (state.applied(), state.encode())
+    }
+
+    /// The shard's newest index that is in no log of this node any more.
+    pub(crate) fn purged(&self, shard: ShardId) -> u64 {
+        let purged = self.log.group(GroupId::of_shard(shard)).purged();
+        purged.map_or(0, |id| id.index)
+    }
+}
+
+struct Slot {
+    id: u64,
+    home: PathBuf,
+    disk: Mutex<TestDisk>,
+    address: Mutex<Option<SocketAddr>>,
+    process: Mutex<Option<Process>>,
+    /// Those of all the node's processes.
+    recorders: Mutex<Vec<Arc<Recorder>>>,
+}
+
+/// The cluster. What it is told to do with one node is done when the call returns.
+pub(crate) struct Net {
+    slots: Vec<Slot>,
+    random: Mutex<Random>,
+    cuts: Mutex<BTreeSet<(u64, u64)>>,
+    _homes: TempDir,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) fn shards() -> impl Iterator<Item = ShardId> {
+    (0..SHARDS).map(ShardId)
+}
+
+pub(crate) fn key(channel: &str) -> ChannelKey {
+    ChannelKey {
+        app: "app".parse().unwrap(),
+        name: ChannelName::parse(channel).unwrap(),
+    }
+}
+
+impl Net {
+    /// Starts nodes 1 to `n` on empty disks, and waits until they serve. The seed decides what power cuts leave.
+    pub(crate) async fn start(n: u64, seed: u64) -> Arc<Self> {
+        if std::env::var_os("RUST_LOG").is_some() {
+            let lines = tracing_subscriber::fmt().with_thread_names(true);
+            let lines = lines.with_env_filter(tracing_subscriber::EnvFilter::from_default_env());
+            // A second test finds it set up.
+            let _ = lines.try_init();
+        }
+        let homes = tempfile::tempdir().unwrap();
+        let authority = homes.path().join("ca");
+        certs::create_ca(&authority).unwrap();
+        let slot = |id| {
+            let home = homes.path().join(format!("node-{id}"));
+            certify(&home, &authority, id);
+            Slot {
+                id,
+                home,
+                disk: Mutex::default(),
+                address: Mutex::default(),
+                process: Mutex::default(),
+                recorders: Mutex::default(),
+            }
+        };
+        let net = Arc::new(Self {
+            slots: (1..=n).map(slot).collect(),
+            random: Mutex::new(Random::new(seed)),
+            cuts: Mutex::default(),
+            _homes: homes,
+        });
+        for id in net.ids() {
+            net.boot(id).await.unwrap();
+        }
+        net.meet();
+        for id in net.ids() {
+            net.join(id).await.unwrap();
+        }
+        net.wait_serving().await;
+        net
+    }
+
+    pub(crate) fn ids(&self) -> Vec<u64> {
+        self.slots.iter().map(|slot| slot.id).collect()
+    }
+
+    fn slot(&self, id: u64) -> &Slot {
+        let found = self.slots.iter().find(|slot| slot.id == id);
+        found.expect("a scenario names nodes that it started")
+    }
+
+    /// The node, when it lives and takes part.
+    pub(crate) fn live(&self, id: u64) -> Option<Live> {
+        let process = lock(&self.slot(id).process);
+        let process = process.as_ref()?;
+        Some(Live {
+            id,
+            cluster: process.cluster.clone()?,
+            log: process.log.clone(),
+            failure: process.failure.clone(),
+            transport: process.transport.clone(),
+            handle: process.handle(),
+        })
+    }
+
+    /// Those that live.
+    pub(crate) fn living(&self) -> Vec<Live> {
+        let ids = self.slots.iter().map(|slot| slot.id);
+        ids.filter_map(|id| self.live(id)).collect()
+    }
+
+    /// The disk on which the node is, or on which it will start next.
+    pub(crate) fn disk(&self, id: u64) -> TestDisk {
+        lock(&self.slot(id).disk).clone()
+    }
+
+    async fn boot(&self, id: u64) -> anyhow::Result<()> {
+        let slot = self.slot(id);
+        let process = Process::boot(id, &slot.home, &self.disk(id)).await?;
+        *lock(&slot.address) = Some(process.transport.local_address());
+        lock(&slot.recorders).push(process.recorder.clone());
+        *lock(&slot.process) = Some(process);
+        Ok(())
+    }
+
+    async fn join(&self, id: u64) -> anyhow::Result<()> {
+        let slot = self.slot(id);
+        let process = lock(&slot.process).take();
+        let mut process = process.expect("it was booted");
+        let joined = process.join(&self.ids()).await;
+        *lock(&slot.process) = Some(process);
+        joined
+    }
+
+    /// Tells everybody where everybody is, but for cuts. An address that stays the same changes nothing.
+    fn meet(&self) {
+        let cuts = lock(&self.cuts).clone();
+        for slot in &self.slots {
+            let process = lock(&slot.process);
+            let Some(process) = process.as_ref() else {
+                continue;
+            };
+            for other in self.slots.iter().filter(|other| other.id != slot.id) {
+                let cut = cuts.contains(&(slot.id.min(other.id), slot.id.max(other.id)));
+                let address = lock(&other.address).filter(|_| !cut);
+                let address = address.map(|address| address.to_string());
+                process.transport.set_peer(NodeId(other.id), address);
+            }
+        }
+    }
+
+    /// Nothing passes between two nodes any more.
+    pub(crate) fn cut(&self, a: u64, b: u64) {
+        lock(&self.cuts).insert((a.min(b), a.max(b)));
+        self.meet();
+    }
+
+    /// Undoes all cuts.
+    pub(crate) fn heal(&self) {
+        lock(&self.cuts).clear();
+        self.meet();
+    }
+
+    /// `kill -9` and a power cut: the node is gone, and of what it had not synced only parts are found again.
+    pub(crate) async fn kill(&self, id: u64) {
+        let slot = self.slot(id);
+        let disk = self.disk(id);
+        disk.cut();
+        let process = lock(&slot.process).take();
+        if let Some(process) = process {
+            let gone = tokio::task::spawn_blocking(|| process.kill());
+            tokio::time::timeout(SOON, gone)
+                .await
+                .expect("a killed node is gone in time")
+                .unwrap();
+        }
+        // Only now can nobody acknowledge any more what this image lacks.
+        let mut random = lock(&self.random);
+        *lock(&slot.disk) = disk.after_power_cut(|| random.below(2) == 0);
+    }
+
+    /// Ends the node as an operator would, handing over what it leads. Its disk stays as it is.
+    pub(crate) async fn stop(&self, id: u64) {
+        let process = lock(&self.slot(id).process).take();
+        let process = process.expect("a scenario stops nodes that live");
+        let stopped = tokio::time::timeout(SOON, process.stop()).await;
+        stopped.expect("a node stops in time");
+    }
+
+    /// Starts a killed or stopped node again; returns before it serves.
+    ///
+    /// # Errors
+    /// What keeps it from starting: it is as if it had not been called.
+    pub(crate) async fn try_restart(&self, id: u64) -> anyhow::Result<()> {
+        self.boot(id).await?;
+        self.meet();
+        let joined = self.join(id).await;
+        if joined.is_err() {
+            self.kill(id).await;
+        }
+        joined
+    }
+
+    pub(crate) async fn restart(&self, id: u64) {
+        let started = self.try_restart(id).await;
+        started.unwrap_or_else(|err| panic!("node {id} does not start: {err:#}"));
+    }
+
+    /// Kills the node and gives it an empty disk under its old identity.
+    pub(crate) async fn wipe(&self, id: u64) {
+        self.kill(id).await;
+        *lock(&self.slot(id).disk) = TestDisk::default();
+    }
+
+    /// Waits until every living node is ready to serve clients.
+    pub(crate) async fn wait_serving(&self) {
+        for live in self.living() {
+            let (cluster, handle) = (live.cluster.clone(), live.handle.clone());
+            // On the node's own runtime: what is started there must die with it.
+            let ready = tokio::task::spawn_blocking(move || {
+                handle.block_on(async { tokio::time::timeout(SOON, cluster.ready()).await })
+            });
+            match ready.await.unwrap() {
+                Ok(Ok(())) => {}
+                Ok(Err(err)) => panic!("node {} cannot serve: {err}", live.id),
+                Err(_) => panic!("node {} does not serve: {}", live.id, self.describe()),
+            }
+        }
+    }
+
+    /// Who leads what and how far everybody is, for messages.
+    pub(crate) fn describe(&self) -> String {
+        let shard = |live: &Live, shard| {
+            let leader = live.cluster.leadership(shard).borrow().leader;
+            let applied = *live.cluster.applied(shard).borrow();
+            format!(
+                "shard {shard}: leader {leader:?}, applied {applied}, purged {}",
+                live.purged(shard)
+            )
+        };
+        let node = |live: &Live| {
+            let shards: Vec<String> = shards().map(|at| shard(live, at)).collect();
+            let failure = live.failure.borrow().clone().unwrap_or_default();
+            format!("node {}: {} {failure}", live.id, shards.join("; "))
+        };
+        let nodes: Vec<String> = self.living().iter().map(node).collect();
+        nodes.join("\n")
+    }
+
+    /// The living node that leads the shard, once there is one that itself says so.
+    pub(crate) async fn leader(&self, shard: ShardId) -> u64 {
+        until("a leader", SOON, async || {
+            let living = self.living();
+            living.iter().find(|live| live.leads(shard)).map(|l| l.id)
+        })
+        .await
+    }
+
+    /// A living node that leads no shard, once there is one.
+    pub(crate) async fn follower(&self) -> u64 {
+        until("a node that leads nothing", SOON, async || {
+            let living = self.living();
+            let settled = shards().all(|shard| living.iter().any(|live| live.leads(shard)));
+            let idle = |live: &&Live| shards().all(|shard| !live.leads(shard));
+            let idle = living.iter().find(idle).map(|live| live.id);
+            idle.filter(|_| settled)
+        })
+        .await
+    }
+
+    /// A channel of the shard.
+    pub(crate) fn channel_of(shard: ShardId, prefix: &str) -> String {
+        let names = (0..).map(|n| format!("{prefix}-{n}"));
+        let mut names =
+            names.filter(|name| firth::placement::shard_of(&key(name), SHARDS) == shard);
+        names.next().expect("there are more names than shards")
+    }
+
+    /// Hands a publish in at a node; calls for one channel at one node are stored in this order. `None` when the node
+    /// does not live or takes no more.
+    pub(crate) fn submit(
+        &self,
+        node: u64,
+        channel: &str,
+        id: &str,
+        body: Bytes,
+        retention: Duration,
+    ) -> Option<Submitted> {
+        let live = self.live(node)?;
+        let key = key(channel);
+        let shard = live.cluster.shard_of(&key);
+        let publish = entry::Publish {
+            app: key.app.to_string(),
+            channel: channel.to_owned(),
+            id: id.to_owned(),
+            count: 1,
+            body,
+            retention_ms: u64::try_from(retention.as_millis()).unwrap(),
+            ..Default::default()
+        };
+        live.cluster.submit(shard, publish).ok()
+    }
+
+    /// Publishes one message with the shortest retention, and waits for what becomes of it.
+    pub(crate) async fn publish(&self, node: u64, channel: &str, id: &str, body: Bytes) -> Outcome {
+        outcome(self.submit(node, channel, id, body, RETENTION)).await
+    }
+
+    /// The channel as the node shows it, oldest first, with everything acknowledged before the call.
+    pub(crate) async fn history(&self, node: u64, channel: &str) -> Vec<Stored> {
+        let live = self.live(node).expect("a scenario asks nodes that live");
+        let (cluster, key) = (live.cluster.clone(), key(channel));
+        let shard = cluster.shard_of(&key);
+        let read = live.run(async move {
+            cluster.catch_up(shard, SOON).await?;
+            let all = Range {
+                newest_first: false,
+                ..Range::ALL
+            };
+            let mut refs = cluster.state(shard).range(&key, &all, usize::MAX);
+            let mut records = Vec::with_capacity(refs.len());
+            while !refs.is_empty() {
+                let page = cluster.read_records(shard, refs.clone()).await?;
+                refs.drain(..page.len());
+                records.extend(page);
+            }
+            anyhow::Ok(records)
+        });
+        let records = read.await.expect("the node lives");
+        let records = records.unwrap_or_else(|err| panic!("{channel} on node {node}: {err:#}"));
+        let stored = |record: firth::cluster::StoredRecord| Stored {
+            serial: record.at.serial,
+            id: record.publish.id,
+            body: record.publish.body,
+        };
+        records.into_iter().map(stored).collect()
+    }
+
+    /// Waits until all living nodes are at the same place of every shard, and proves on the way that the same place
+    /// means the same bytes.
+    pub(crate) async fn agree(&self) {
+        for shard in shards() {
+            let mut seen: BTreeMap<u64, (u64, Bytes)> = BTreeMap::new();
+            let what = format!("one state of shard {shard}");
+            until(&what, SOON, async || {
+                let states: Vec<_> = self
+                    .living()
+                    .iter()
+                    .map(|live| (live.id, live.state(shard)))
+                    .collect();
+                for (id, (applied, bytes)) in &states {
+                    let first = seen.entry(*applied).or_insert_with(|| (*id, bytes.clone()));
+                    assert!(
+                        first.1 == *bytes,
+                        "at {applied} of shard {shard} nodes {} and {id} differ",
+                        first.0
+                    );
+                }
+                let mut places = states.iter().map(|(_, (applied, _))| *applied);
+                let place = places.next()?;
+                places.all(|other| other == place).then_some(())
+            })
+            .await;
+        }
+    }
+
+    /// No node ever heard of a record twice or out of order. The number of records whose predecessor was not heard of.
+    pub(crate) fn check_events(&self) -> usize {
+        let recorders = self.slots.iter().flat_map(|slot| {
+            let recorders = lock(&slot.recorders).clone();
+            recorders
+                .into_iter()
+                .map(move |recorder| (slot.id, recorder))
+        });
+        let mut gaps = 0;
+        for (id, recorder) in recorders {
+            let complaints = recorder.complaints();
+            assert!(complaints.is_empty(), "node {id}: {complaints:?}");
+            gaps += recorder.gaps();
+        }
+        gaps
+    }
+
+    /// Waits until the node has said that it cannot go on, and why.
+    pub(crate) async fn failure(&self, id: u64) -> String {
+        let live = self.live(id).expect("a scenario asks nodes that live");
+        let mut failure = live.failure;
+        let said = tokio::time::timeout(SOON, failure.wait_for(Option::is_some)).await;
+        let said = said.expect("the node says that it cannot go on");
+        said.unwrap().clone().unwrap()
+    }
+
+    /// Other nodes that the node can reach.
+    pub(crate) fn reached_from(&self, id: u64) -> BTreeSet<u64> {
+        let live = self.live(id);
+        let reachable = live.map(|live| live.transport.reachable().borrow().clone());
+        let reachable = reachable.into_iter().flatten();
+        reachable.map(|node| node.0).collect()
+    }
+}
+
+/// What becomes of a publish. `Unknown` also for one that was never taken.
+pub(crate) async fn outcome(submitted: Option<Submitted>) -> Outcome {
+    let Some(submitted) = submitted else {
+        return Outcome::Unknown;
+    };
+    match submitted.await {
+        Ok(Ok(channel::Outcome::Stored(serial))) => Outcome::Stored(serial),
+        Ok(Ok(channel::Outcome::Duplicate(Some(serial)))) => Outcome::Again(serial),
+        Ok(Ok(other)) => panic!("no client's publish is answered with {other:?}"),
+        Ok(Err(_)) | Err(_) => Outcome::Unknown,
+    }
+}

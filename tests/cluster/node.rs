@@ -1,0 +1,231 @@
+//! One node of a test cluster: everything below the doors, on a runtime of its own.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use firth::channel::Event;
+use firth::cluster::{self, Cluster, EventSink, Peer};
+use firth::raft::{self, Host};
+use firth::storage::{self, Log};
+use firth::tasks::Tasks;
+use firth::transport::{self, Transport, certs};
+use firth::types::{ChannelKey, NodeId, Serial, ShardId};
+use firth::wire::control;
+use tokio::runtime::{Handle, Runtime};
+use tokio::sync::watch;
+
+use crate::disk::TestDisk;
+
+pub(crate) const CLUSTER: &str = "test";
+pub(crate) const SHARDS: u32 = 2;
+pub(crate) const SEGMENT_BYTES: u64 = 64 << 10;
+/// Small, so that reads and replication go to the disk.
+const TAIL_BYTES: usize = 32 << 10;
+const GRACE: Duration = Duration::from_secs(5);
+
+/// Hears what a node applies, and keeps what cannot be right.
+#[derive(Debug, Default)]
+pub(crate) struct Recorder(Mutex<Heard>);
+
+#[derive(Debug, Default)]
+struct Heard {
+    newest: BTreeMap<ChannelKey, Serial>,
+    complaints: Vec<String>,
+    /// Records whose predecessor this node never heard of: what a snapshot brought.
+    gaps: usize,
+}
+
+impl EventSink for Recorder {
+    fn advanced(&self, shard: ShardId, events: Vec<Event>) {
+        let mut heard = self.heard();
+        for event in events {
+            let serial = event.record.serial;
+            let before = heard.newest.insert(event.key.clone(), serial);
+            if before.is_some_and(|before| before >= serial) {
+                let name = event.key.name.as_str();
+                heard.complaints.push(format!(
+                    "shard {shard}: {name} came to {serial} after {before:?}"
+                ));
+            }
+            if before.is_some() && event.record.predecessor != before {
+                heard.gaps += 1;
+            }
+        }
+    }
+}
+
+impl Recorder {
+    fn heard(&self) -> MutexGuard<'_, Heard> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn complaints(&self) -> Vec<String> {
+        self.heard().complaints.clone()
+    }
+
+    pub(crate) fn gaps(&self) -> usize {
+        self.heard().gaps
+    }
+}
+
+/// A process, as it were: gone without a word when `kill`ed.
+pub(crate) struct Process {
+    /// Taken only at the end.
+    runtime: Option<Runtime>,
+    tasks: Tasks,
+    pub(crate) transport: Transport,
+    pub(crate) log: Log,
+    pub(crate) cluster: Option<Cluster>,
+    pub(crate) recorder: Arc<Recorder>,
+    /// Why the node cannot go on, once it cannot.
+    pub(crate) failure: watch::Receiver<Option<String>>,
+}
+
+impl Process {
+    /// Opens the log and a socket of its own: the one of a killed process stays bound, like the address of a machine that
+    /// is off, and says nothing.
+    pub(crate) async fn boot(id: u64, home: &Path, disk: &TestDisk) -> anyhow::Result<Self> {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .thread_name(format!("node-{id}"))
+            .enable_all()
+            .build()?;
+        let on_disk = Arc::new(disk.memory().clone());
+        let opening = runtime.spawn_blocking(move || {
+            let options = storage::Options {
+                segment_bytes: SEGMENT_BYTES,
+                tail_bytes: TAIL_BYTES,
+                ..storage::Options::new("log")
+            };
+            let owner = storage::Owner {
+                cluster_id: CLUSTER.to_owned(),
+                node: id,
+            };
+            Log::open_on(on_disk, options, &owner)
+        });
+        let opened = opening.await?;
+        let (tasks, mut fatal_rx) = Tasks::root();
+        let listen = SocketAddr::from(([127, 0, 0, 1], 0));
+        let options = transport::Options::new(
+            listen,
+            NodeId(id),
+            CLUSTER,
+            home.join("certs"),
+            BTreeMap::new(),
+        );
+        let on_tasks = tasks.clone();
+        // The endpoint belongs to the runtime that it is made on.
+        let starting = runtime.spawn(async move { Transport::start(options, &on_tasks) });
+        let started = starting.await?;
+        let (failure_tx, failure) = watch::channel(None);
+        runtime.spawn(async move {
+            if let Some(err) = fatal_rx.recv().await {
+                failure_tx.send_replace(Some(format!("{err:#}")));
+                failure_tx.closed().await;
+            }
+        });
+        let parts = opened.map_err(anyhow::Error::from).and_then(|log| {
+            let transport = started?;
+            Ok((log, transport))
+        });
+        match parts {
+            Ok((log, transport)) => Ok(Self {
+                runtime: Some(runtime),
+                tasks,
+                transport,
+                log,
+                cluster: None,
+                recorder: Arc::default(),
+                failure,
+            }),
+            Err(err) => {
+                runtime.shutdown_background();
+                Err(err)
+            }
+        }
+    }
+
+    /// Takes part in the cluster from now on.
+    pub(crate) async fn join(&mut self, nodes: &[u64]) -> anyhow::Result<()> {
+        let node = self.transport.node();
+        let parts = cluster::Parts {
+            host: Host::new(node, self.log.clone(), self.transport.clone()),
+            sink: self.recorder.clone(),
+        };
+        let (options, tasks) = (options(node, nodes), self.tasks.clone());
+        let starting = async move { Cluster::start(options, parts, &tasks).await };
+        self.cluster = Some(self.handle().spawn(starting).await??);
+        Ok(())
+    }
+
+    pub(crate) fn handle(&self) -> Handle {
+        let runtime = self.runtime.as_ref();
+        let runtime = runtime.expect("it is taken only at the end");
+        runtime.handle().clone()
+    }
+
+    /// Everything stops where it is. Blocks until no task of it is left.
+    pub(crate) fn kill(mut self) {
+        drop(self.runtime.take());
+    }
+
+    /// Leaves as an operator would have it.
+    pub(crate) async fn stop(mut self) {
+        let (cluster, tasks) = (self.cluster.take(), self.tasks.clone());
+        let stopping = self.handle().spawn(async move {
+            if let Some(cluster) = cluster {
+                cluster.stop(GRACE).await;
+            }
+            assert!(tasks.stop(GRACE).await, "every task ends when told to");
+        });
+        stopping.await.unwrap();
+        let closing = move || {
+            self.log.close().unwrap();
+            self.kill();
+        };
+        tokio::task::spawn_blocking(closing).await.unwrap();
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // At the end of a test nobody waits for it.
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+fn options(node: NodeId, nodes: &[u64]) -> cluster::Options {
+    let peer = |id: &u64| {
+        let nowhere = || "http://127.0.0.1:1".to_owned();
+        let (url, admin) = (nowhere(), nowhere());
+        (NodeId(*id), Peer { url, admin })
+    };
+    cluster::Options {
+        node,
+        nodes: nodes.iter().map(peer).collect(),
+        shards: SHARDS,
+        bootstrap: control::Bootstrap {
+            cluster_id: CLUSTER.to_owned(),
+            shards: SHARDS,
+            ..Default::default()
+        },
+        // A follower must answer an append within a heartbeat, also one of an unoptimised build on a busy machine.
+        raft: raft::Options {
+            heartbeat: Duration::from_millis(250),
+            election_min: Duration::from_millis(500),
+            election_max: Duration::from_millis(750),
+            ..raft::Options::default()
+        },
+        waiting_bytes_max: 16 << 20,
+    }
+}
+
+/// Makes the node's certificate below its home.
+pub(crate) fn certify(home: &Path, authority: &Path, id: u64) {
+    certs::create_node(&home.join("certs"), authority, CLUSTER, NodeId(id), &[]).unwrap();
+}

@@ -1,0 +1,4 @@
+//! What clusters are put through.
+
+mod prepared;
+mod running;
