@@ -36,7 +36,7 @@ use bytes::Bytes;
 pub use disk::{DirLock, Disk, DiskFile, RealDisk};
 pub use error::Error;
 pub use log::{GroupLog, Log, Stats};
-pub use memory::{MemoryDisk, Op};
+pub use memory::{Faults, MemoryDisk, Op, PowerCut};
 pub use snapshot::SnapshotFile;
 
 /// Where the log lives and how much it may hold on to.
