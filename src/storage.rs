@@ -10,6 +10,7 @@
 //!
 //! Payloads, votes and entry kinds are opaque here; what they mean is the business of whoever writes them.
 
+pub mod bench;
 mod disk;
 mod error;
 mod frame;

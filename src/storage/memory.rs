@@ -71,6 +71,8 @@ struct Bits {
     now: Vec<u8>,
     durable: Vec<u8>,
     dirty: BTreeSet<usize>,
+    /// The file was emptied since the last sync, which the medium may not know.
+    emptied: bool,
 }
 
 struct MemoryFile {
@@ -197,6 +199,7 @@ impl MemoryDisk {
             durable: bytes.clone(),
             now: bytes,
             dirty: BTreeSet::new(),
+            emptied: false,
         };
     }
 
@@ -292,7 +295,16 @@ impl Bits {
         }
     }
 
+    fn empty(&mut self) {
+        self.now.clear();
+        self.dirty.clear();
+        self.emptied = true;
+    }
+
     fn sync(&mut self) {
+        if std::mem::take(&mut self.emptied) {
+            self.durable.clear();
+        }
         self.durable.resize(self.now.len(), 0);
         for sector in std::mem::take(&mut self.dirty) {
             self.settle(sector, SECTOR);
@@ -301,6 +313,9 @@ impl Bits {
 
     /// Only what is durable remains; of each unsynced sector the first so many bytes as `kept(its size)` says.
     fn lose(&mut self, mut kept: impl FnMut(usize) -> usize) {
+        if std::mem::take(&mut self.emptied) && kept(SECTOR) > 0 {
+            self.durable.clear();
+        }
         for sector in std::mem::take(&mut self.dirty) {
             self.settle(sector, kept(SECTOR));
         }
@@ -320,7 +335,14 @@ impl Bits {
 impl Disk for MemoryDisk {
     fn create(&self, name: &str) -> io::Result<Arc<dyn DiskFile>> {
         self.check(Op::Create, name)?;
-        let number = locked(&self.0.contents).fresh(name);
+        let contents = &mut *locked(&self.0.contents);
+        let number = match contents.names.get(name).copied() {
+            Some(number) => {
+                contents.files[number].empty();
+                number
+            }
+            None => contents.fresh(name),
+        };
         Ok(self.file(name, number))
     }
 
