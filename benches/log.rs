@@ -15,7 +15,11 @@ struct Cli {
     bench: bool,
 }
 
-#[expect(clippy::print_stdout, clippy::print_stderr, reason = "a bench is there to be read")]
+#[expect(
+    clippy::print_stdout,
+    clippy::print_stderr,
+    reason = "a bench is there to be read"
+)]
 fn main() -> ExitCode {
     match bench::run(&Cli::parse().args) {
         Ok(report) => println!("{report}"),

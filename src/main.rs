@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use firth::config::Config;
 use firth::transport::certs;
 use firth::types::NodeId;
-use firth::{admin, client, node};
+use firth::{admin, client, node, storage};
 
 /// A clustered edge broker: Kafka's streams to every browser and phone, and back, in order, exactly once
 #[derive(Debug, Parser)]
@@ -25,12 +25,23 @@ enum Command {
     Serve(Serve),
     #[command(flatten)]
     Client(client::Command),
+    /// Put load on a cluster, or on this machine's disk, and measure it
+    #[command(subcommand)]
+    Bench(Bench),
     /// Ask a node about its cluster
     #[command(subcommand)]
     Admin(Admin),
     /// Make certificates for the nodes of a cluster
     #[command(subcommand)]
     Certs(Certs),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    #[command(flatten)]
+    Cluster(client::BenchCommand),
+    /// A node's log on this machine: appends beside the raw limit of the disk, or the time to open it
+    Log(storage::bench::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -123,6 +134,8 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Dev(args) => node::dev::run(args).await?,
         Command::Serve(args) => serve(args).await?,
         Command::Client(command) => return Ok(client::run(command).await?),
+        Command::Bench(Bench::Cluster(command)) => return Ok(client::bench(command).await?),
+        Command::Bench(Bench::Log(args)) => say(&storage::bench::run(&args)?.to_string())?,
         Command::Admin(Admin::Status { url, output }) => {
             let status = admin::call::status(&url).await?;
             match output.as_str() {

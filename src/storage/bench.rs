@@ -10,14 +10,16 @@ mod reopen;
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
-use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use self::machine::Usage;
-use crate::storage::{Disk, DiskFile, Entry, Error, GroupLog, Log, LogId, Options, Owner, RealDisk};
+use crate::storage::{
+    Disk, DiskFile, Entry, Error, GroupLog, Log, LogId, Options, Owner, RealDisk,
+};
 use crate::types::GroupId;
 
 /// `firth bench log`
@@ -47,8 +49,14 @@ pub enum Failure {
     Log(#[from] Error),
     #[error("the disk failed: {0}")]
     Io(#[from] io::Error),
-    #[error("after the kill, group {group} ends at entry {found}, {acknowledged} were acknowledged")]
-    Lost { group: u32, found: u64, acknowledged: u64 },
+    #[error(
+        "after the kill, group {group} ends at entry {found}, {acknowledged} were acknowledged"
+    )]
+    Lost {
+        group: u32,
+        found: u64,
+        acknowledged: u64,
+    },
 }
 
 /// What was measured; shows itself as a table.
@@ -60,7 +68,11 @@ pub struct Report {
 
 #[derive(Debug)]
 enum What {
-    Appends { rows: Vec<Row>, single: Vec<(usize, Spread)>, device: bool },
+    Appends {
+        rows: Vec<Row>,
+        single: Vec<(usize, Spread)>,
+        device: bool,
+    },
     Reopen(reopen::Measured),
 }
 
@@ -113,16 +125,30 @@ const RAW_BYTES: u64 = 256 << 20;
 pub fn run(args: &Args) -> Result<Report, Failure> {
     if let Some(gigabytes) = args.reopen {
         let what = What::Reopen(reopen::measure(&args.dir, gigabytes, args.cold)?);
-        return Ok(Report { machine: machine::describe(&args.dir), what });
+        return Ok(Report {
+            machine: machine::describe(&args.dir),
+            what,
+        });
     }
-    let folder = tempfile::Builder::new().prefix("firth-bench-").tempdir_in(&args.dir)?;
+    let folder = tempfile::Builder::new()
+        .prefix("firth-bench-")
+        .tempdir_in(&args.dir)?;
     let mut raw = Raw::new(&RealDisk::new(&folder.path().join("raw"))?)?;
     let log = Log::open(Options::new(folder.path().join("log")), &owner())?;
     let load = Load::new(&log);
-    let warm_up = Case { shards: 16, size: 20_000, in_flight: 8 };
+    let warm_up = Case {
+        shards: 16,
+        size: 20_000,
+        in_flight: 8,
+    };
     load.run(warm_up, |_, bytes| bytes < WARM_UP_BYTES)?;
 
-    let mut rows: Vec<_> = cases().map(|case| Row { case, samples: Vec::new() }).collect();
+    let mut rows: Vec<_> = cases()
+        .map(|case| Row {
+            case,
+            samples: Vec::new(),
+        })
+        .collect();
     let mut single = SIZES.map(|size| (size, Vec::new()));
     let time = Duration::from_millis(args.case_ms);
     for _ in 0..args.rounds {
@@ -138,25 +164,48 @@ pub fn run(args: &Args) -> Result<Report, Failure> {
         }
     }
     log.close()?;
-    let single = single.into_iter().map(|(size, rates)| (size, Spread::of(rates))).collect();
+    let single = single
+        .into_iter()
+        .map(|(size, rates)| (size, Spread::of(rates)))
+        .collect();
     let device = machine::device_written(&args.dir).is_some();
-    let what = What::Appends { rows, single, device };
-    Ok(Report { machine: machine::describe(&args.dir), what })
+    let what = What::Appends {
+        rows,
+        single,
+        device,
+    };
+    Ok(Report {
+        machine: machine::describe(&args.dir),
+        what,
+    })
 }
 
 fn cases() -> impl Iterator<Item = Case> {
     SIZES.into_iter().flat_map(|size| {
         SHARDS.into_iter().flat_map(move |shards| {
-            IN_FLIGHT.map(move |in_flight| Case { shards, size, in_flight })
+            IN_FLIGHT.map(move |in_flight| Case {
+                shards,
+                size,
+                in_flight,
+            })
         })
     })
 }
 
 fn owner() -> Owner {
-    Owner { cluster_id: "bench".to_owned(), node: 1 }
+    Owner {
+        cluster_id: "bench".to_owned(),
+        node: 1,
+    }
 }
 
-fn measure(load: &Load, log: &Log, case: Case, time: Duration, dir: &std::path::Path) -> Result<Sample, Failure> {
+fn measure(
+    load: &Load,
+    log: &Log,
+    case: Case,
+    time: Duration,
+    dir: &std::path::Path,
+) -> Result<Sample, Failure> {
     let (stats, usage, began) = (log.stats(), Usage::now(dir), Instant::now());
     let (entries, payload) = load.run(case, |elapsed, _| elapsed < time)?;
     let (seconds, usage) = (began.elapsed().as_secs_f64(), Usage::now(dir).since(usage));
@@ -197,13 +246,18 @@ impl Load {
 
     /// Goes on while `more(time, payload bytes acknowledged)`, and lets old entries go. Returns entries and payload bytes
     /// acknowledged.
-    fn run(&self, case: Case, more: impl Fn(Duration, usize) -> bool) -> io::Result<(usize, usize)> {
+    fn run(
+        &self,
+        case: Case,
+        more: impl Fn(Duration, usize) -> bool,
+    ) -> io::Result<(usize, usize)> {
         self.append_while(case, KEPT_BYTES, more)
     }
 
     /// Goes on while `more(payload bytes acknowledged)`, and lets nothing go.
     fn fill(&self, case: Case, more: impl Fn(usize) -> bool) -> io::Result<()> {
-        self.append_while(case, usize::MAX, |_, bytes| more(bytes)).map(drop)
+        self.append_while(case, usize::MAX, |_, bytes| more(bytes))
+            .map(drop)
     }
 
     fn append_while(
@@ -212,7 +266,10 @@ impl Load {
         kept_bytes: usize,
         more: impl Fn(Duration, usize) -> bool,
     ) -> io::Result<(usize, usize)> {
-        let at = SIZES.iter().position(|size| *size == case.size).unwrap_or(0);
+        let at = SIZES
+            .iter()
+            .position(|size| *size == case.size)
+            .unwrap_or(0);
         let payload = &self.payloads[at];
         let kept = (kept_bytes / case.size / case.shards).max(case.in_flight) as u64;
         let purge_every = (kept / 4).max(1);
@@ -235,7 +292,10 @@ impl Load {
             let last = self.append(shard, payload)?;
             waiting += 1;
             if last.index.is_multiple_of(purge_every) && last.index > kept {
-                let upto = LogId { index: last.index - kept, ..last };
+                let upto = LogId {
+                    index: last.index - kept,
+                    ..last
+                };
                 self.groups[shard].purge(upto, Box::new(drop));
             }
         }
@@ -245,10 +305,21 @@ impl Load {
     fn append(&self, shard: usize, payload: &Bytes) -> io::Result<LogId> {
         let group = &self.groups[shard];
         let index = group.last().map_or(1, |last| last.index + 1);
-        let id = LogId { term: 1, node: 1, index };
+        let id = LogId {
+            term: 1,
+            node: 1,
+            index,
+        };
         let told = self.told_tx.clone();
         let done = Box::new(move |result| drop(told.send((shard, result))));
-        group.append(vec![Entry { id, kind: 0, payload: payload.clone() }], done)?;
+        group.append(
+            vec![Entry {
+                id,
+                kind: 0,
+                payload: payload.clone(),
+            }],
+            done,
+        )?;
         Ok(id)
     }
 
@@ -258,7 +329,10 @@ impl Load {
         for (shard, group) in self.groups.iter().enumerate() {
             let Some(last) = group.last() else { continue };
             let told = self.told_tx.clone();
-            group.purge(last, Box::new(move |result| drop(told.send((shard, result)))));
+            group.purge(
+                last,
+                Box::new(move |result| drop(told.send((shard, result)))),
+            );
             waiting += 1;
         }
         for _ in 0..waiting {
@@ -284,7 +358,11 @@ impl Raw {
     }
 
     /// Writes and syncs this many bytes over and over, one behind the other. Returns syncs per second.
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a mean of sizes that fit")]
+    #[expect(
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a mean of sizes that fit"
+    )]
     fn run(&mut self, bytes: f64, time: Duration) -> io::Result<f64> {
         let data = noise((bytes.round() as usize).max(1));
         let (began, mut syncs) = (Instant::now(), 0_u32);
@@ -318,7 +396,11 @@ impl Spread {
         values.sort_by(f64::total_cmp);
         match values[..] {
             [] => Self(0.0, 0.0, 0.0),
-            _ => Self(values[0], values[values.len() / 2], values[values.len() - 1]),
+            _ => Self(
+                values[0],
+                values[values.len() / 2],
+                values[values.len() - 1],
+            ),
         }
     }
 }
@@ -334,13 +416,26 @@ impl fmt::Display for Report {
         writeln!(f, "{}", self.machine)?;
         match &self.what {
             What::Reopen(measured) => measured.fmt(f),
-            What::Appends { rows, single, device } => appends(f, rows, single, *device),
+            What::Appends {
+                rows,
+                single,
+                device,
+            } => appends(f, rows, single, *device),
         }
     }
 }
 
-fn appends(f: &mut fmt::Formatter<'_>, rows: &[Row], single: &[(usize, Spread)], device: bool) -> fmt::Result {
-    writeln!(f, "medians of {} interleaved rounds, smallest and largest in brackets", rows[0].samples.len())?;
+fn appends(
+    f: &mut fmt::Formatter<'_>,
+    rows: &[Row],
+    single: &[(usize, Spread)],
+    device: bool,
+) -> fmt::Result {
+    writeln!(
+        f,
+        "medians of {} interleaved rounds, smallest and largest in brackets",
+        rows[0].samples.len()
+    )?;
     writeln!(f)?;
     let (process, of_device) = ("written by process", "by device");
     writeln!(
@@ -348,7 +443,11 @@ fn appends(f: &mut fmt::Formatter<'_>, rows: &[Row], single: &[(usize, Spread)],
         "  size shards waiting |  entries/s   (spread)        MB/s  entries/sync | raw entries/s  ratio (spread)     | {process} {of_device} per payload byte | CPU us/entry"
     )?;
     for row in rows {
-        let Case { shards, size, in_flight } = row.case;
+        let Case {
+            shards,
+            size,
+            in_flight,
+        } = row.case;
         let rate = row.spread(|sample| sample.entries_per_s);
         let ratio = row.spread(|sample| sample.ratio);
         let median = |of: fn(&Sample) -> f64| row.spread(of).1;
@@ -375,10 +474,22 @@ fn appends(f: &mut fmt::Formatter<'_>, rows: &[Row], single: &[(usize, Spread)],
     }
     writeln!(f)?;
     for (size, Spread(least, median, most)) in single {
-        writeln!(f, "raw, one entry of {size} bytes per write + fdatasync: {median:.0}/s ({least:.0}..{most:.0})")?;
+        writeln!(
+            f,
+            "raw, one entry of {size} bytes per write + fdatasync: {median:.0}/s ({least:.0}..{most:.0})"
+        )?;
     }
     writeln!(f)?;
-    writeln!(f, "waiting: appends of one entry under way per shard. raw: write + fdatasync of as many bytes as the log wrote per")?;
-    writeln!(f, "flush, to a file written before. by process: write_bytes of /proc/self/io, pages of files and directories made dirty.")?;
-    write!(f, "by device: sectors of /sys/dev/block/.../stat, the journal and all other processes on it included.")
+    writeln!(
+        f,
+        "waiting: appends of one entry under way per shard. raw: write + fdatasync of as many bytes as the log wrote per"
+    )?;
+    writeln!(
+        f,
+        "flush, to a file written before. by process: write_bytes of /proc/self/io, pages of files and directories made dirty."
+    )?;
+    write!(
+        f,
+        "by device: sectors of /sys/dev/block/.../stat, the journal and all other processes on it included."
+    )
 }

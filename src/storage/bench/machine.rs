@@ -39,15 +39,27 @@ pub(super) fn io_counter(name: &str) -> u64 {
     let text = fs::read_to_string("/proc/self/io").unwrap_or_default();
     let mut lines = text.lines().filter_map(|line| line.split_once(": "));
     let found = lines.find(|(key, _)| *key == name);
-    found.and_then(|(_, value)| value.trim().parse().ok()).unwrap_or(0)
+    found
+        .and_then(|(_, value)| value.trim().parse().ok())
+        .unwrap_or(0)
 }
 
 /// In ticks of 10 ms, which Linux has on all its platforms.
 fn cpu() -> Duration {
     let text = fs::read_to_string("/proc/self/stat").unwrap_or_default();
     // Fields are counted behind the name, which may hold anything.
-    let fields: Vec<&str> = text.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |at: usize| fields.get(at).and_then(|field| field.parse().ok()).unwrap_or(0_u64);
+    let fields: Vec<&str> = text
+        .rsplit(')')
+        .next()
+        .unwrap_or_default()
+        .split_whitespace()
+        .collect();
+    let ticks = |at: usize| {
+        fields
+            .get(at)
+            .and_then(|field| field.parse().ok())
+            .unwrap_or(0_u64)
+    };
     Duration::from_millis((ticks(11) + ticks(12)) * 10)
 }
 
@@ -66,7 +78,10 @@ pub(super) fn describe(dir: &Path) -> String {
     let read = |path: &str| fs::read_to_string(path).unwrap_or_default();
     let cpu_info = read("/proc/cpuinfo");
     let model = cpu_info.lines().find(|line| line.starts_with("model name"));
-    let model = model.and_then(|line| line.split(':').nth(1)).unwrap_or(" unknown processor").trim();
+    let model = model
+        .and_then(|line| line.split(':').nth(1))
+        .unwrap_or(" unknown processor")
+        .trim();
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let kernel = read("/proc/sys/kernel/osrelease");
     let dir = fs::canonicalize(dir).unwrap_or_else(|_| dir.to_owned());
@@ -76,6 +91,8 @@ pub(super) fn describe(dir: &Path) -> String {
         .map(|line| line.split(' ').collect::<Vec<_>>())
         .filter(|fields| fields.len() > 3 && dir.starts_with(fields[1]))
         .max_by_key(|fields| fields[1].len());
-    let disk = mount.map_or_else(String::new, |fields| format!(", {} on {} ({})", fields[2], fields[0], fields[3]));
+    let disk = mount.map_or_else(String::new, |fields| {
+        format!(", {} on {} ({})", fields[2], fields[0], fields[3])
+    });
     format!("{cores} cores of {model}, Linux {}{disk}", kernel.trim())
 }

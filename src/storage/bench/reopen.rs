@@ -37,13 +37,21 @@ pub(super) fn measure(dir: &Path, gigabytes: f64, cold: bool) -> Result<Measured
     if let Some(folder) = std::env::var_os(FILL) {
         fill(Path::new(&folder), gigabytes)?;
     }
-    let folder = tempfile::Builder::new().prefix("firth-bench-").tempdir_in(dir)?;
+    let folder = tempfile::Builder::new()
+        .prefix("firth-bench-")
+        .tempdir_in(dir)?;
     let began = Instant::now();
     let acknowledged = fill_and_kill(folder.path())?;
     let fill = began.elapsed();
     let after_kill = open(folder.path(), cold, &acknowledged)?;
     let after_close = open(folder.path(), cold, &acknowledged)?;
-    Ok(Measured { gigabytes, cold, fill, after_kill, after_close })
+    Ok(Measured {
+        gigabytes,
+        cold,
+        fill,
+        after_kill,
+        after_close,
+    })
 }
 
 /// Has this very command fill the directory in another process, and kills that while it is writing. Returns the last index
@@ -54,7 +62,10 @@ fn fill_and_kill(folder: &Path) -> io::Result<Vec<u64>> {
         .env(FILL, folder)
         .stdout(Stdio::piped())
         .spawn()?;
-    let stdout = child.stdout.take().ok_or_else(|| io::Error::other("no standard output"))?;
+    let stdout = child
+        .stdout
+        .take()
+        .ok_or_else(|| io::Error::other("no standard output"))?;
     let mut line = String::new();
     let read = BufReader::new(stdout).read_line(&mut line);
     // `kill` is SIGKILL.
@@ -69,9 +80,18 @@ fn fill_and_kill(folder: &Path) -> io::Result<Vec<u64>> {
 fn fill(folder: &Path, gigabytes: f64) -> Result<(), Failure> {
     let log = Log::open(Options::new(folder.join("log")), &owner())?;
     let load = Load::new(&log);
-    let case = Case { shards: SHARDS, size: SIZE, in_flight: 8 };
+    let case = Case {
+        shards: SHARDS,
+        size: SIZE,
+        in_flight: 8,
+    };
     load.fill(case, |bytes| (bytes as f64) < gigabytes * 1e9)?;
-    let last = (0..SHARDS).map(|shard| load.groups[shard].last().map_or(0, |last| last.index).to_string());
+    let last = (0..SHARDS).map(|shard| {
+        load.groups[shard]
+            .last()
+            .map_or(0, |last| last.index)
+            .to_string()
+    });
     let line = last.collect::<Vec<_>>().join(" ");
     writeln!(io::stdout(), "{line}")?;
     io::stdout().flush()?;
@@ -83,7 +103,10 @@ fn open(folder: &Path, cold: bool, acknowledged: &[u64]) -> Result<Opening, Fail
     if cold {
         std::fs::write("/proc/sys/vm/drop_caches", "1")?;
     }
-    let before = (machine::io_counter("rchar"), machine::io_counter("read_bytes"));
+    let before = (
+        machine::io_counter("rchar"),
+        machine::io_counter("read_bytes"),
+    );
     let began = Instant::now();
     let log = Log::open(Options::new(folder.join("log")), &owner())?;
     let time = began.elapsed();
@@ -93,13 +116,23 @@ fn open(folder: &Path, cold: bool, acknowledged: &[u64]) -> Result<Opening, Fail
         device_bytes: machine::io_counter("read_bytes") - before.1,
     };
     for (group, acknowledged) in (0..).zip(acknowledged.iter().copied()) {
-        let found = log.group(GroupId(group)).last().map_or(0, |last| last.index);
+        let found = log
+            .group(GroupId(group))
+            .last()
+            .map_or(0, |last| last.index);
         if found < acknowledged {
-            return Err(Failure::Lost { group, found, acknowledged });
+            return Err(Failure::Lost {
+                group,
+                found,
+                acknowledged,
+            });
         }
     }
     let (told_tx, told) = channel();
-    log.group(GroupId(0)).append(Vec::new(), Box::new(move |result| drop(told_tx.send(result))))?;
+    log.group(GroupId(0)).append(
+        Vec::new(),
+        Box::new(move |result| drop(told_tx.send(result))),
+    )?;
     told.recv().map_err(io::Error::other)??;
     log.close()?;
     Ok(opening)
@@ -107,13 +140,32 @@ fn open(folder: &Path, cold: bool, acknowledged: &[u64]) -> Result<Opening, Fail
 
 impl fmt::Display for Measured {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let cache = if self.cold { "emptied before each opening" } else { "as the writing left it" };
+        let cache = if self.cold {
+            "emptied before each opening"
+        } else {
+            "as the writing left it"
+        };
         let seconds = self.fill.as_secs_f64();
-        writeln!(f, "{} GB of {SIZE}-byte entries in {SHARDS} groups, filled in {seconds:.1} s; page cache {cache}", self.gigabytes)?;
-        for (what, opening) in [("after a kill", &self.after_kill), ("after a clean stop", &self.after_close)] {
-            let Opening { time, asked_bytes, device_bytes } = opening;
+        writeln!(
+            f,
+            "{} GB of {SIZE}-byte entries in {SHARDS} groups, filled in {seconds:.1} s; page cache {cache}",
+            self.gigabytes
+        )?;
+        for (what, opening) in [
+            ("after a kill", &self.after_kill),
+            ("after a clean stop", &self.after_close),
+        ] {
+            let Opening {
+                time,
+                asked_bytes,
+                device_bytes,
+            } = opening;
             let [asked, device] = [asked_bytes, device_bytes].map(|bytes| *bytes as f64 / 1e6);
-            writeln!(f, "opened {what:<18} {:>8.3} s, {asked:>9.1} MB read, {device:>9.1} MB of it from the device", time.as_secs_f64())?;
+            writeln!(
+                f,
+                "opened {what:<18} {:>8.3} s, {asked:>9.1} MB read, {device:>9.1} MB of it from the device",
+                time.as_secs_f64()
+            )?;
         }
         write!(f, "every acknowledged entry was there each time")
     }
