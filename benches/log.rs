@@ -1,4 +1,5 @@
-//! `cargo bench`: the log beside the raw limit of the disk below the target directory. Takes the arguments of `firth bench log`.
+//! `cargo bench`: the log beside the raw limit of the disk below the working directory. Takes the arguments of
+//! `firth bench log`.
 
 use std::process::ExitCode;
 

@@ -437,10 +437,18 @@ fn appends(
         rows[0].samples.len()
     )?;
     writeln!(f)?;
-    let (process, of_device) = ("written by process", "by device");
+    let groups = [
+        format!(
+            "{:>21} | {:^51} | {:^30}",
+            "", "the log", "as many bytes raw"
+        ),
+        format!("{:^16} |", "bytes written"),
+    ];
+    writeln!(f, "{}", groups.join(" | "))?;
     writeln!(
         f,
-        "  size shards waiting |  entries/s   (spread)        MB/s  entries/sync | raw entries/s  ratio (spread)     | {process} {of_device} per payload byte | CPU us/entry"
+        "  size shards waiting | entries/s {:>17} {:>7} {:>14} | entries/s ratio {:>14} | {:>8} {:>7} | {:>12}",
+        "(spread)", "MB/s", "entries/flush", "(spread)", "process", "device", "CPU us/entry"
     )?;
     for row in rows {
         let Case {
@@ -457,18 +465,15 @@ fn appends(
         };
         writeln!(
             f,
-            "{size:>6} {shards:>6} {in_flight:>7} | {:>10.0}  ({:>6.0}..{:>6.0}) {:>7.1} {:>13.1} | {:>13.0}  {:>5.2} ({:.2}..{:.2}) | {:>18.2} {on_device:>9} {:>16} | {:>8.1}",
+            "{size:>6} {shards:>6} {in_flight:>7} | {:>9.0} {:>17} {:>7.1} {:>14.1} | {:>9.0} {:>5.2} {:>14} | {:>8.2} {on_device:>7} | {:>12.1}",
             rate.1,
-            rate.0,
-            rate.2,
+            format!("({:.0}..{:.0})", rate.0, rate.2),
             rate.1 * size as f64 / 1e6,
             median(|sample| sample.entries_per_sync),
             median(|sample| sample.raw_entries_per_s),
             ratio.1,
-            ratio.0,
-            ratio.2,
+            format!("({:.2}..{:.2})", ratio.0, ratio.2),
             median(|sample| sample.process_writes),
-            "",
             median(|sample| sample.cpu_us),
         )?;
     }
@@ -479,17 +484,11 @@ fn appends(
             "raw, one entry of {size} bytes per write + fdatasync: {median:.0}/s ({least:.0}..{most:.0})"
         )?;
     }
-    writeln!(f)?;
-    writeln!(
-        f,
-        "waiting: appends of one entry under way per shard. raw: write + fdatasync of as many bytes as the log wrote per"
-    )?;
-    writeln!(
-        f,
-        "flush, to a file written before. by process: write_bytes of /proc/self/io, pages of files and directories made dirty."
-    )?;
-    write!(
-        f,
-        "by device: sectors of /sys/dev/block/.../stat, the journal and all other processes on it included."
-    )
+    let notes = [
+        "waiting: appends of one entry under way per shard. raw: write + fdatasync of as many bytes as the log wrote per flush,",
+        "to a file that was written before. bytes written are per byte of payload. device: sectors of /sys/dev/block/../stat, with",
+        "the journal and whatever other processes write meanwhile. process: write_bytes of /proc/self/io; a kernel with large folios",
+        "counts all of a folio of which a part is written, so that small batches look much larger than what the device gets.",
+    ];
+    write!(f, "\n{}", notes.join("\n"))
 }
