@@ -23,14 +23,18 @@ DENY := $(or $(shell command -v cargo-deny),target/tools/bin/cargo-deny)
 CARGO_FLAGS := --release --locked
 
 # Test files, by the target that runs them; `make sdk SDK_TESTS=failover` runs one.
-SDK_TESTS ?= sdk order bad-input failover restart cli
+SDK_TESTS ?= sdk order bad-input failover restart crash cli
 KAFKA_TESTS ?= kafka-in kafka-out
 PAGE_TESTS ?= page
 
 # How long `make soak` publishes.
 MINUTES ?= 60
 
-.PHONY: help test setup tools build lint fmt clippy doc deny unit sdk kafka page soak kafka-jars fix audit clean
+# `make seeds SEEDS=100000` runs more of what `make unit` runs 2,000 of; FROM is the first one.
+SEEDS ?= 100000
+FROM ?= 0
+
+.PHONY: help test setup tools build lint fmt clippy doc deny unit seeds bench sdk kafka page soak kafka-jars fix audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -76,6 +80,12 @@ deny: $(DENY)
 unit: build ## Rust's own tests
 	@echo "== unit tests"
 	cargo test $(CARGO_FLAGS)
+
+seeds: ## the log on a faulty disk, SEEDS=100000 times
+	FIRTH_SEEDS=$(SEEDS) FIRTH_SEEDS_FROM=$(FROM) cargo test $(CARGO_FLAGS) --lib storage::tests::seeds -- --nocapture
+
+bench: ## the log beside the raw limit of this disk
+	cargo bench --locked --bench log
 
 sdk: build $(NODE_MODULES) $(VENV) ## official SDKs and the command line against three processes
 	@echo "== SDKs against a cluster: $(SDK_TESTS)"

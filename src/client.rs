@@ -1,4 +1,4 @@
-//! The command-line client: `firth pub`, `firth sub` and `firth bench`.
+//! The command-line client: `firth pub`, `firth sub`, and `firth bench` as far as it is about a cluster.
 //!
 //! It speaks the public client protocol over WebSocket like any other client and knows nothing of the broker.
 
@@ -141,12 +141,9 @@ pub enum Command {
     Pub(PubArgs),
     /// Print the messages of a channel as they come
     Sub(SubArgs),
-    /// Put load on a cluster, measure it and verify it
-    #[command(subcommand)]
-    Bench(BenchCommand),
 }
 
-/// What `firth bench` can do.
+/// What `firth bench` can do to a cluster, to be flattened into its commands.
 #[derive(Clone, Debug, clap::Subcommand)]
 pub enum BenchCommand {
     /// Many publishers on many channels: publish to acknowledgement
@@ -155,8 +152,8 @@ pub enum BenchCommand {
     Fanout(FanoutArgs),
 }
 
-/// Runs a command to its end or to an interrupt; the code is 0 when all was well, 1 when a verification failed and
-/// 130 after an interrupt that left something undone.
+/// Runs a command to its end or to an interrupt; the code is 0 when all was well and 130 after an interrupt that left
+/// something undone.
 ///
 /// # Errors
 /// When the command cannot go on; nothing was printed about it yet.
@@ -166,8 +163,21 @@ pub async fn run(command: Command) -> Result<ExitCode, Error> {
     let done = match command {
         Command::Pub(args) => publish::run(args, &tasks).await,
         Command::Sub(args) => subscribe::run(args, &tasks).await,
-        Command::Bench(BenchCommand::Publish(args)) => bench::publish(args, &tasks).await,
-        Command::Bench(BenchCommand::Fanout(args)) => bench::fanout(args, &tasks).await,
+    };
+    tasks.stop(FAREWELL).await;
+    done
+}
+
+/// Runs a bench to its end or to an interrupt; the code is 0 when all was well, 1 when a verification failed and
+/// 130 after an interrupt that left something undone.
+///
+/// # Errors
+/// When the command cannot go on; nothing was printed about it yet.
+pub async fn bench(command: BenchCommand) -> Result<ExitCode, Error> {
+    let (tasks, _fatal_rx) = Tasks::root();
+    let done = match command {
+        BenchCommand::Publish(args) => bench::publish(args, &tasks).await,
+        BenchCommand::Fanout(args) => bench::fanout(args, &tasks).await,
     };
     tasks.stop(FAREWELL).await;
     done

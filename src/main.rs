@@ -7,7 +7,7 @@ use clap::{Parser, Subcommand};
 use firth::config::Config;
 use firth::transport::certs;
 use firth::types::NodeId;
-use firth::{admin, client, node};
+use firth::{admin, client, node, storage};
 
 /// A clustered edge broker: Kafka's streams to every browser and phone, and back, in order, exactly once
 #[derive(Debug, Parser)]
@@ -25,12 +25,23 @@ enum Command {
     Serve(Serve),
     #[command(flatten)]
     Client(client::Command),
+    /// Put load on a cluster, or on this machine's disk, and measure it
+    #[command(subcommand)]
+    Bench(Bench),
     /// Ask a node about its cluster
     #[command(subcommand)]
     Admin(Admin),
     /// Make certificates for the nodes of a cluster
     #[command(subcommand)]
     Certs(Certs),
+}
+
+#[derive(Debug, Subcommand)]
+enum Bench {
+    #[command(flatten)]
+    Cluster(client::BenchCommand),
+    /// A node's log on this machine: appends beside the raw limit of the disk, or the time to open it
+    Log(storage::bench::Args),
 }
 
 #[derive(Debug, clap::Args)]
@@ -46,13 +57,19 @@ struct Serve {
     until_stdin_ends: bool,
 }
 
+#[derive(Debug, clap::Args)]
+struct Admin {
+    /// A node's admin listener
+    #[arg(long, global = true, default_value = "http://127.0.0.1:9080")]
+    url: String,
+    #[command(subcommand)]
+    command: AdminCommand,
+}
+
 #[derive(Debug, Subcommand)]
-enum Admin {
+enum AdminCommand {
     /// Nodes, shards, leaders, bridges
     Status {
-        /// A node's admin listener
-        #[arg(long, default_value = "http://127.0.0.1:9080")]
-        url: String,
         /// Output form
         #[arg(short, long, value_parser = ["table", "json"], default_value = "table")]
         output: String,
@@ -67,13 +84,10 @@ enum NodeCommand {
     /// Let a node take part again that lost its data and was started with an empty directory.
     ///
     /// It leaves every group, and comes back into each: first it learns, and when it has everything it votes. The other nodes
-    /// serve meanwhile. Waits until that is done.
+    /// serve meanwhile. Ask any of those (`--url`). Waits until it is done.
     Readmit {
         /// The node's number
         node: u64,
-        /// The admin listener of another node
-        #[arg(long, default_value = "http://127.0.0.1:9080")]
-        url: String,
         /// Return as soon as the cluster has decided it
         #[arg(long)]
         no_wait: bool,
@@ -144,16 +158,9 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         Command::Dev(args) => node::dev::run(args).await?,
         Command::Serve(args) => serve(args).await?,
         Command::Client(command) => return Ok(client::run(command).await?),
-        Command::Admin(Admin::Status { url, output }) => {
-            let status = admin::call::status(&url).await?;
-            match output.as_str() {
-                "json" => say(&serde_json::to_string_pretty(&status)?)?,
-                _ => say(&admin::call::table(&status))?,
-            }
-        }
-        Command::Admin(Admin::Node(NodeCommand::Readmit { node, url, no_wait })) => {
-            admin::call::readmit(&url, node, !no_wait, |line| say(&line)).await?;
-        }
+        Command::Bench(Bench::Cluster(command)) => return Ok(client::bench(command).await?),
+        Command::Bench(Bench::Log(args)) => say(&storage::bench::run(&args)?.to_string())?,
+        Command::Admin(Admin { url, command }) => admin_command(&url, command).await?,
         Command::Certs(Certs::Ca { dir }) => certs::create_ca(&dir)?,
         Command::Certs(Certs::Node {
             dir,
@@ -163,6 +170,21 @@ async fn run(command: Command) -> anyhow::Result<ExitCode> {
         }) => certs::create_node(&dir, &ca, &cluster, NodeId(node), &[])?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+async fn admin_command(url: &str, command: AdminCommand) -> anyhow::Result<()> {
+    match command {
+        AdminCommand::Status { output } => {
+            let status = admin::call::status(url).await?;
+            match output.as_str() {
+                "json" => say(&serde_json::to_string_pretty(&status)?),
+                _ => say(&admin::call::table(&status)),
+            }
+        }
+        AdminCommand::Node(NodeCommand::Readmit { node, no_wait }) => {
+            admin::call::readmit(url, node, !no_wait, |line| say(&line)).await
+        }
+    }
 }
 
 async fn serve(args: Serve) -> anyhow::Result<()> {

@@ -13,6 +13,7 @@
 //!
 //! Payloads, votes and entry kinds are opaque here; what they mean is the business of whoever writes them.
 
+pub mod bench;
 mod cache;
 mod disk;
 mod error;
@@ -50,7 +51,7 @@ pub use disk::{DirLock, Disk, DiskFile, RealDisk};
 pub use error::{Damaged, Error};
 pub use group_log::GroupLog;
 pub use log::{Log, OnDamage, Stats};
-pub use memory::{MemoryDisk, Op};
+pub use memory::{Faults, MemoryDisk, Op, PowerCut};
 pub use scrub::Scrubbed;
 pub use snapshot::SnapshotFile;
 

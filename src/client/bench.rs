@@ -343,7 +343,14 @@ mod tests {
         #[derive(Debug, Parser)]
         struct Cli {
             #[command(subcommand)]
-            _command: crate::client::Command,
+            _command: All,
+        }
+        #[derive(Debug, clap::Subcommand)]
+        enum All {
+            #[command(flatten)]
+            Client(crate::client::Command),
+            #[command(subcommand)]
+            Bench(crate::client::BenchCommand),
         }
         let parse =
             |line: &str| Cli::try_parse_from(format!("firth {line} --key a.b:c").split(' '));

@@ -20,6 +20,7 @@ mod io_errors;
 mod model;
 mod open;
 mod reads;
+mod seeds;
 mod segments;
 
 fn owner() -> Owner {

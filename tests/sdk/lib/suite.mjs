@@ -11,9 +11,10 @@ const SCENARIO_MS = 240_000;
 /** Sets up what a file's scenarios share and answers how to declare one.
  *
  * `topics` maps Kafka topics to partitions, made before the cluster starts; giving it starts a Kafka.
- * A scenario's body gets `{cluster, kafka, clients, t}`; its clients are closed at its end.
+ * `scenarioMs` is how long a scenario may take. A scenario's body gets `{cluster, kafka, clients, t}`; its clients are
+ * closed at its end.
  */
-export function suite({ topics, ...options } = {}) {
+export function suite({ topics, scenarioMs = SCENARIO_MS, ...options } = {}) {
   const shared = { cluster: null, kafka: null };
   let failed = false;
 
@@ -41,7 +42,7 @@ export function suite({ topics, ...options } = {}) {
   }, { timeout: SCENARIO_MS });
 
   return function scenario(name, body) {
-    test(name, { timeout: SCENARIO_MS }, async (t) => {
+    test(name, { timeout: scenarioMs }, async (t) => {
       const clients = new Clients(shared.cluster);
       try {
         await body({ ...shared, clients, t });
