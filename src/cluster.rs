@@ -5,6 +5,7 @@
 
 mod admission;
 mod balance;
+mod clock;
 mod compare;
 mod control;
 mod forward;
@@ -16,6 +17,7 @@ mod replica;
 mod start;
 mod upkeep;
 
+pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
 pub use readmit::{ReadmitError, Standing};
@@ -66,6 +68,8 @@ pub struct Options {
     pub records_in_memory_max: usize,
     /// Bytes of publishes that may wait for one shard on this node before publishers are refused.
     pub waiting_bytes_max: usize,
+    /// What leaders stamp entries with.
+    pub clock: Clock,
 }
 
 /// The cluster could not be joined.

@@ -392,6 +392,7 @@ impl File {
                 upkeep: self.storage.upkeep(),
                 records_in_memory_max: self.storage.records_in_memory,
                 waiting_bytes_max: self.limits.waiting_bytes_per_shard,
+                clock: cluster::Clock::default(),
             },
             gateway: gateway::Options {
                 listen: self.listen.client,

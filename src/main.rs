@@ -29,7 +29,6 @@ enum Command {
     #[command(subcommand)]
     Bench(Bench),
     /// Ask a node about its cluster
-    #[command(subcommand)]
     Admin(Admin),
     /// Make certificates for the nodes of a cluster
     #[command(subcommand)]

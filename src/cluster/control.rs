@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -198,7 +198,7 @@ impl Cluster {
         let Ok(mut entry) = wire::Entry::decode(entry) else {
             return Ok(Err("the command cannot be decoded".to_owned()));
         };
-        entry.stamp_ms = now_ms();
+        entry.stamp_ms = self.0.options.clock.now_ms();
         let (_, response) = self.0.control.propose(entry.encode_to_vec().into()).await?;
         Ok(match response {
             Response::Control(result) => result,
@@ -326,11 +326,4 @@ fn alive(heard: &Heard) -> BTreeSet<NodeId> {
     let heard = heard.lock().unwrap_or_else(|err| err.into_inner());
     let recent = heard.iter().filter(|(_, at)| at.elapsed() < SILENCE_MAX);
     recent.map(|(node, _)| *node).collect()
-}
-
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| {
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
-    })
 }

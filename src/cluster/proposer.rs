@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::channel::Outcome;
+use crate::cluster::clock::Clock;
 use crate::cluster::replica::State;
 use crate::cluster::upkeep::Upkeep;
 use crate::raft::{Group, Response};
@@ -62,13 +63,14 @@ pub(super) struct Session {
 
 impl Proposer {
     /// The handle, and the task's body.
-    pub(super) fn new(group: Group, state: State, upkeep: Upkeep) -> (Self, Task) {
+    pub(super) fn new(group: Group, state: State, upkeep: Upkeep, clock: Clock) -> (Self, Task) {
         let (batch_tx, batch_rx) = mpsc::channel(QUEUE);
         let epoch = Arc::new(AtomicU64::new(0));
         let task = Task {
             group,
             state,
             upkeep,
+            clock,
             batch_rx,
             epoch: epoch.clone(),
         };
@@ -127,6 +129,7 @@ pub(super) struct Task {
     group: Group,
     state: State,
     upkeep: Upkeep,
+    clock: Clock,
     batch_rx: mpsc::Receiver<Batch>,
     epoch: Arc<AtomicU64>,
 }
@@ -198,7 +201,7 @@ impl Task {
                 plan.add(publish, seen);
             }
         }
-        let outcomes = match plan.entry() {
+        let outcomes = match plan.entry(self.clock.now_ms()) {
             None => plan.merge(Vec::new()),
             Some(entry) => match self.propose_in_time(entry).await {
                 Some(proposed) => plan.merge(proposed),
@@ -244,12 +247,12 @@ impl Task {
     async fn on_tick(&mut self) {
         let mut moved_bytes = 0;
         while self.group.leads() {
-            let Some(due) = self.upkeep.look(now_ms(), &mut moved_bytes).await else {
+            let Some(due) = self.upkeep.look(self.clock.now_ms(), &mut moved_bytes).await else {
                 return;
             };
             let entry = entry::Entry {
                 version: entry::VERSION,
-                stamp_ms: now_ms(),
+                stamp_ms: self.clock.now_ms(),
                 ..due.entry
             };
             let proposed = self.propose_in_time(entry.encode_to_vec().into()).await;
@@ -286,11 +289,11 @@ impl Plan {
     }
 
     /// The encoded entry; `None` when nothing is to be proposed.
-    fn entry(&mut self) -> Option<Bytes> {
+    fn entry(&mut self, stamp_ms: u64) -> Option<Bytes> {
         let publishes = std::mem::take(&mut self.proposed);
         let entry = entry::Entry {
             version: entry::VERSION,
-            stamp_ms: now_ms(),
+            stamp_ms,
             publishes,
             ..Default::default()
         };
@@ -314,12 +317,5 @@ fn key_of(publish: &entry::Publish) -> Option<ChannelKey> {
     Some(ChannelKey {
         app: publish.app.parse().ok()?,
         name: ChannelName::parse(&publish.channel).ok()?,
-    })
-}
-
-fn now_ms() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH);
-    since.map_or(0, |since| {
-        u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     })
 }

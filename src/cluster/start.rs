@@ -237,7 +237,7 @@ impl Starter<'_> {
             self.cluster.registry(),
             exported.clone(),
         );
-        let (proposer, task) = Proposer::new(group.clone(), state.clone(), upkeep);
+        let (proposer, task) = Proposer::new(group.clone(), state.clone(), upkeep, options.clock.clone());
         self.tasks
             .spawn("cluster.proposer", OnError::StopNode, |token| {
                 task.run(token)
