@@ -179,7 +179,8 @@ impl Holes {
         let end = touched
             .last()
             .map_or(range.end, |hole| hole.end.max(range.end));
-        self.0.splice(from..to, [start..end]);
+        self.0.drain(from..to);
+        self.0.insert(from, start..end);
     }
 
     pub(super) fn remove(&mut self, range: Range<u64>) {

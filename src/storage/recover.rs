@@ -246,13 +246,13 @@ impl Scan {
         }
         // What an earlier use of the file left cannot be taken for a frame; what this one left could be, once new
         // frames end just before it.
-        let mark = incarnation.to_le_bytes();
-        let last = self.bytes[end..]
-            .windows(mark.len())
-            .rposition(|window| window == mark);
+        let mut dirty_to = end;
+        while let Some(mark) = scan::next_mark(&self.bytes, incarnation, dirty_to) {
+            dirty_to = mark + size_of_val(&incarnation);
+        }
         Ok(End::Open {
             at: end as u64,
-            dirty_to: last.map_or(end, |last| end + last + mark.len()) as u64,
+            dirty_to: dirty_to as u64,
         })
     }
 

@@ -20,6 +20,9 @@ use crate::storage::{Error, LogId};
 /// What the first attempt to read a broken file asks for, and how it goes on where that fails.
 const PIECES: [usize; 2] = [1 << 20, 4096];
 
+/// Where in a frame the incarnation stands.
+const MARK: usize = 16;
+
 /// A stretch of entries in a segment, and who wrote them.
 #[derive(Debug)]
 pub(super) struct Stretch {
@@ -176,12 +179,39 @@ pub(super) fn walk<'a>(
 
 /// Where the next readable frame begins.
 pub(super) fn resume(bytes: &[u8], incarnation: u64, from: usize) -> Option<usize> {
+    let mut at = from;
+    loop {
+        let mark = next_mark(bytes, incarnation, at + MARK)?;
+        at = mark - MARK;
+        if frame::decode(&bytes[at..], incarnation).is_ok() {
+            return Some(at);
+        }
+        at += 1;
+    }
+}
+
+/// Where the incarnation stands next, which may be in a frame.
+pub(super) fn next_mark(bytes: &[u8], incarnation: u64, from: usize) -> Option<usize> {
     let mark = incarnation.to_le_bytes();
-    let windows = bytes.get(from + 16..)?.windows(mark.len()).enumerate();
-    let mut places = windows
-        .filter(|(_, window)| *window == mark)
-        .map(|(place, _)| from + place);
-    places.find(|at| frame::decode(&bytes[*at..], incarnation).is_ok())
+    let mut at = from;
+    while let Some(rest) = bytes.get(at..).filter(|rest| rest.len() >= mark.len()) {
+        // The lowest byte of an incarnation is not zero, so what was only written ahead is passed over in large steps.
+        let step = |size: usize| &rest[..rest.len().min(size)];
+        if let Some(none) = [4096, 64]
+            .map(step)
+            .into_iter()
+            .find(|piece| !piece.contains(&mark[0]))
+        {
+            at += none.len();
+            continue;
+        }
+        let piece = step(64 + mark.len() - 1);
+        match piece.windows(mark.len()).position(|window| window == mark) {
+            Some(place) => return Some(at + place),
+            None => at += piece.len() - mark.len() + 1,
+        }
+    }
+    None
 }
 
 #[derive(Default)]
@@ -288,4 +318,25 @@ pub(super) fn rebuild(segment: &Segment, group: u32, of: &Part, leaders: &Leader
     }
     parts.sort_unstable_by_key(|part| part.first);
     parts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mark_is_found_wherever_it_stands() {
+        let mark = 0x1234_5678_9abc_0065_u64;
+        for size in [64, 4096, 9000] {
+            for at in (0..size - 8).step_by(13).chain([0, size - 8]) {
+                for fill in [0, 0x65] {
+                    let mut bytes = vec![fill; size];
+                    bytes[at..at + 8].copy_from_slice(&mark.to_le_bytes());
+                    assert_eq!(next_mark(&bytes, mark, 0), Some(at));
+                    assert_eq!(next_mark(&bytes, mark, at), Some(at));
+                    assert_eq!(next_mark(&bytes, mark, at + 1), None);
+                }
+            }
+        }
+    }
 }

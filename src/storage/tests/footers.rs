@@ -63,7 +63,7 @@ fn indexes_in_memory_are_bounded() {
         index_bytes: 0,
         ..options()
     };
-    let log = Log::open_on(Arc::new(disk.clone()), options, &owner()).unwrap();
+    let log = Log::open_on(Arc::new(disk), options, &owner()).unwrap();
     assert_eq!(all(&log.group(GroupId(1))), expected);
     assert_eq!(all(&log.group(GroupId(1))), expected);
 }

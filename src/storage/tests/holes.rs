@@ -202,7 +202,8 @@ fn what_was_overwritten_does_not_come_back_when_its_successor_is_lost() {
     disk.remove("00000002.log").unwrap();
     let log = open(&disk);
     let one = log.group(GroupId(1));
-    assert_eq!((one.holes(), one.last()), (vec![6..9], Some(id(2, 8))));
+    let holes: Vec<_> = one.holes().into_iter().flatten().collect();
+    assert_eq!((holes, one.last()), (vec![6, 7, 8], Some(id(2, 8))));
     assert_eq!(one.read(1..6, usize::MAX).unwrap(), entries(1, 1..6));
     assert!(one.read(6..7, 0).is_err());
 }
@@ -226,7 +227,8 @@ fn only_what_is_missing_can_be_repaired() {
     assert_eq!(group.holes(), std::slice::from_ref(&hole));
     // In part, and never wider than the hole.
     repair(&group, vec![entry(1, hole.start, 100)]);
-    assert_eq!(group.holes(), [hole.start + 1..hole.end]);
+    let left: Vec<_> = group.holes().into_iter().flatten().collect();
+    assert_eq!(left, Vec::from_iter(hole.start + 1..hole.end));
     assert_eq!(
         group.read(1..hole.start + 1, usize::MAX).unwrap(),
         entries(1, 1..hole.start + 1)
