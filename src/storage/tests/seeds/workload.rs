@@ -22,6 +22,8 @@ pub(super) struct Run {
     pub(super) history: History,
     /// A change is waited for one time in so many; 1 is always.
     patience: u64,
+    /// All entries have one size, so that what a torn write left behind fits to what is written next.
+    alike: bool,
     term: u64,
     directory_id: Option<String>,
 }
@@ -43,6 +45,7 @@ impl Run {
         Self {
             seed,
             patience: [1, 4, 1000][usize::try_from(random.below(3)).unwrap()],
+            alike: random.below(3) == 0,
             random,
             disk: MemoryDisk::default(),
             history: History::new(vec![State::default(); GROUPS], vec![None; GROUPS]),
@@ -272,6 +275,9 @@ impl Run {
     }
 
     fn size(&mut self) -> usize {
+        if self.alike {
+            return 100;
+        }
         let most = self.pick([1, 50, 300, 300, 300, 1200, 1200, 5000]);
         usize::try_from(self.random.below(most)).unwrap() * if self.one_in(100) { 5 } else { 1 }
     }
