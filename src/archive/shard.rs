@@ -26,6 +26,9 @@ pub(super) struct Shard {
     writer: Mutex<Writer>,
     /// Of the writer's tally, for those who only ask.
     mark: AtomicU64,
+    /// Batches written and clearings since the start, and how many of them are known to be durable.
+    changes: AtomicU64,
+    sealed: AtomicU64,
     forgotten: Mutex<Forgotten>,
 }
 
@@ -65,6 +68,9 @@ impl Shard {
             tree: RwLock::new(tree),
             writer: Mutex::new(Writer { tally }),
             mark: AtomicU64::new(tally.mark),
+            // What was found may be in the page cache only.
+            changes: AtomicU64::new(1),
+            sealed: AtomicU64::new(0),
             forgotten: Mutex::default(),
         }
     }
@@ -107,6 +113,7 @@ impl Shard {
             Ok(tally)
         })?;
         writer.tally = tally;
+        self.changes.fetch_add(1, Ordering::AcqRel);
         self.mark.store(tally.mark, Ordering::Release);
         Ok(())
     }
@@ -272,7 +279,12 @@ impl Archive for Shard {
     fn seal(&self) -> io::Result<()> {
         // Taken before: what is forgotten meanwhile belongs to the next seal.
         let due = std::mem::take(&mut locked(&self.forgotten).since_seal);
-        self.store.seal()?;
+        // Most shards put nothing here for long: their checkpoints cost no sync.
+        let changes = self.changes.load(Ordering::Acquire);
+        if changes != self.sealed.load(Ordering::Acquire) {
+            self.store.seal()?;
+            self.sealed.fetch_max(changes, Ordering::AcqRel);
+        }
         let mut forgotten = locked(&self.forgotten);
         for (channel, through) in due {
             raise(&mut forgotten.sealed, channel, through);
@@ -291,6 +303,10 @@ impl Archive for Shard {
     fn clear(&self) -> io::Result<()> {
         let mut writer = locked(&self.writer);
         *locked(&self.forgotten) = Forgotten::default();
+        if writer.tally == Tally::default() && !self.store.is_broken() {
+            return Ok(());
+        }
+        self.changes.fetch_add(1, Ordering::AcqRel);
         {
             let mut tree = self.tree.write().unwrap_or_else(PoisonError::into_inner);
             *tree = None;

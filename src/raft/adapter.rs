@@ -185,6 +185,13 @@ impl Adapter {
             covers: Progress::default(),
         };
         self.store(taken).await?;
+        let (this, meta) = (self.clone(), meta.clone());
+        // The archive is emptied, which waits for the disk.
+        let restored = tokio::task::spawn_blocking(move || this.restore_outline(&meta, outline));
+        restored.await.map_err(io::Error::other)?
+    }
+
+    fn restore_outline(&self, meta: &SnapshotMeta, outline: Bytes) -> io::Result<()> {
         let mut inner = self.lock();
         let index = meta.last_log_id.map_or(0, |id| id.index);
         inner
