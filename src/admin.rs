@@ -5,7 +5,7 @@
 pub mod call;
 mod status;
 
-pub use status::{ControlStatus, NodeStatus, ShardStatus, Status};
+pub use status::{ControlStatus, LogStatus, NodeStatus, ShardStatus, StatesStatus, Status};
 
 use std::net::SocketAddr;
 
@@ -100,7 +100,10 @@ async fn ready(State(known): State<Known>) -> (StatusCode, String) {
         return (StatusCode::OK, "ready\n".to_owned());
     }
     let phase = known.phase.borrow().clone();
-    (StatusCode::SERVICE_UNAVAILABLE, format!("starting: {phase}\n"))
+    (
+        StatusCode::SERVICE_UNAVAILABLE,
+        format!("starting: {phase}\n"),
+    )
 }
 
 type Answer = (StatusCode, Json<Value>);
@@ -170,7 +173,10 @@ async fn readmit(State(known): State<Known>, Path(node): Path<u64>) -> Answer {
         Err(answer) => return answer,
     };
     match serving.broker.cluster().readmit(NodeId(node)).await {
-        Ok(()) => (StatusCode::OK, Json(json!({ "node": node, "readmitting": true }))),
+        Ok(()) => (
+            StatusCode::OK,
+            Json(json!({ "node": node, "readmitting": true })),
+        ),
         Err(err @ ReadmitError::Unknown(_)) => refuse(StatusCode::NOT_FOUND, &err.to_string()),
         Err(err) => refuse(StatusCode::CONFLICT, &err.to_string()),
     }

@@ -14,10 +14,10 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
+use crate::channel;
 use crate::cluster::{
     BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
 };
-use crate::channel;
 use crate::tasks::{OnError, Tasks};
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Leadership, NodeId, Range, Serial, ShardId};
 use crate::wire::control;

@@ -39,7 +39,7 @@ use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
 use crate::cluster::upkeep::Exported;
 use crate::placement;
-use crate::raft::{self, Group};
+use crate::raft::{self, Group, Host, LogUsage};
 use crate::transport::{self, Transport};
 use crate::types::{ChannelKey, GroupId, Leadership, NodeId, ShardId};
 use crate::wire::{control as wire, entry};
@@ -119,6 +119,7 @@ pub struct Cluster(Arc<Inner>);
 struct Inner {
     options: Options,
     transport: Transport,
+    host: Host,
     control: Group,
     registry: watch::Receiver<Arc<Registry>>,
     /// Empty until this node takes part in them.
@@ -226,7 +227,9 @@ impl Cluster {
         loop {
             match self.read_records_once(shard, refs.clone()).await {
                 // Damaged here: other nodes are being asked for it.
-                Err(err) if err.kind() == io::ErrorKind::InvalidData && until.elapsed().is_zero() => {
+                Err(err)
+                    if err.kind() == io::ErrorKind::InvalidData && until.elapsed().is_zero() =>
+                {
                     tokio::time::sleep(MEND_LOOK).await;
                 }
                 read => return read,
@@ -285,6 +288,19 @@ impl Cluster {
     #[must_use]
     pub fn reachable(&self) -> BTreeSet<NodeId> {
         self.0.transport.reachable().borrow().clone()
+    }
+
+    /// What this node's log holds and has done since its start.
+    #[must_use]
+    pub fn log_usage(&self) -> LogUsage {
+        self.0.host.log_usage()
+    }
+
+    /// The shard's log on this node: its first index, and its bytes.
+    #[must_use]
+    pub fn log_of(&self, shard: ShardId) -> (Option<u64>, u64) {
+        let group = &self.replica(shard).group;
+        (group.log_first(), group.log_bytes())
     }
 
     /// Comparisons with the other replicas' states since the start: how many agreed, and how many did not.

@@ -15,12 +15,12 @@ mod mender;
 mod network;
 mod rebuild;
 mod server;
-mod throttle;
 #[cfg(test)]
 mod tests;
+mod throttle;
 
 pub use group::{Error, Group, ProposeError};
-pub use host::Host;
+pub use host::{Host, LogUsage};
 pub use machine::{Machine, Replay, Response, Restored};
 
 use std::fmt;

@@ -54,9 +54,9 @@ const ROOMS: &[Room] = &[
     room("client",    &["tasks", "wire", "types", "stdx"]),
     room("admin",     &["bridge", "broker", "cluster", "tasks", "auth", "wire", "types", "stdx"]),
     // config also fills in what pure rooms take: limits of `session`, capabilities of `auth`, the birth in `wire`.
-    room("config",    &["admin", "bridge", "gateway", "broker", "cluster", "raft", "transport", "storage",
+    room("config",    &["admin", "archive", "bridge", "gateway", "broker", "cluster", "raft", "transport", "storage",
                         "telemetry", "session", "auth", "wire", "types", "stdx"]),
-    room("node",      &["config", "admin", "bridge", "gateway", "broker", "cluster", "raft", "transport", "storage",
+    room("node",      &["config", "admin", "archive", "bridge", "gateway", "broker", "cluster", "raft", "transport", "storage",
                         "placement", "channel", "wire", "auth", "telemetry", "tasks", "types", "stdx"]),
 ];
 

@@ -53,7 +53,8 @@ async fn call(url: &str, method: &str, path: &str) -> Result<String, Error> {
     };
     let exchange = async {
         let mut stream = TcpStream::connect(authority).await?;
-        let head = format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nContent-Length: 0\r\n\r\n");
+        let head =
+            format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nContent-Length: 0\r\n\r\n");
         stream.write_all(head.as_bytes()).await?;
         let mut answer = String::new();
         stream
@@ -153,12 +154,26 @@ pub fn table(status: &Status) -> String {
             node.id, node.url, node.admin
         );
     }
-    text += "\nSHARD  LEADER  TERM   APPLIED\n";
+    let (log, states) = (&status.log, &status.states);
+    text += &format!(
+        "\nlog: {} segments, {} MiB; {} unreadable entries; verified {} times\nstates compared: {} agreed, {} differed\n",
+        log.segments,
+        log.bytes_on_disk >> 20,
+        log.unreadable_entries,
+        log.scrub_rounds,
+        states.agreed,
+        states.differed
+    );
+    text += "\nSHARD  LEADER  TERM   APPLIED    FIRST      LOG KiB\n";
     for shard in &status.shards {
         let leader = known(shard.leader);
         text += &format!(
-            "{:<6} {leader:<7} {:<6} {}\n",
-            shard.id, shard.term, shard.applied
+            "{:<6} {leader:<7} {:<6} {:<10} {:<10} {}\n",
+            shard.id,
+            shard.term,
+            shard.applied,
+            shard.first.unwrap_or_default(),
+            shard.log_bytes >> 10
         );
     }
     for bridge in &status.bridges {

@@ -162,7 +162,8 @@ impl Driver {
     /// Lets the log go of what Kafka has.
     fn say_exported(&self) {
         let (job, through) = (&self.job, self.exporter.committed_through());
-        job.upstream.exported(job.shard, &job.target.bridge, through);
+        job.upstream
+            .exported(job.shard, &job.target.bridge, through);
     }
 
     fn producer(&self) -> Result<&BaseProducer<Context>, Fault> {

@@ -301,7 +301,11 @@ mod tests {
         assert_eq!(indexes(tail.after(at(5), true, 9)), None);
         assert_eq!(indexes(tail.after(at(9), true, 9)), Some(vec![]));
         tail.push(record(12, Some(5), 1));
-        assert_eq!(indexes(tail.after(at(5), true, 9)), Some(vec![12]), "linked");
+        assert_eq!(
+            indexes(tail.after(at(5), true, 9)),
+            Some(vec![12]),
+            "linked"
+        );
         assert_eq!(indexes(tail.after(at(4), true, 9)), None);
     }
 

@@ -83,7 +83,10 @@ impl Admission {
         loop {
             let mut answers = BTreeMap::new();
             let asked = (self.others.iter()).map(|node| async {
-                (*node, ask_one(&self.transport, *node, &self.directory).await)
+                (
+                    *node,
+                    ask_one(&self.transport, *node, &self.directory).await,
+                )
             });
             for (node, answer) in futures_util::future::join_all(asked).await {
                 answers.extend(answer.map(|answer| (node, answer)));
@@ -114,10 +117,15 @@ impl Admission {
     pub(super) async fn confirm(&self) -> Result<(), Error> {
         let until = Instant::now() + CONFIRM;
         loop {
-            let asked = (self.others.iter()).map(|node| ask_one(&self.transport, *node, &self.directory));
+            let asked =
+                (self.others.iter()).map(|node| ask_one(&self.transport, *node, &self.directory));
             let answers = futures_util::future::join_all(asked).await;
-            let registered = answers.into_iter().flatten().map(|answer| answer.registered);
-            let registered: BTreeSet<String> = registered.filter(|known| !known.is_empty()).collect();
+            let registered = answers
+                .into_iter()
+                .flatten()
+                .map(|answer| answer.registered);
+            let registered: BTreeSet<String> =
+                registered.filter(|known| !known.is_empty()).collect();
             let other = registered.first().cloned();
             let Some(other) = other.filter(|_| !registered.contains(&self.directory)) else {
                 return Ok(());
@@ -143,7 +151,10 @@ fn decide(
     let known = |answer: &&peer::AdmissionResponse| answer.told && !answer.registered.is_empty();
     if let Some(answer) = answers.values().find(known) {
         // The answer that knows more wins: a directory is registered once it is readmitted, never before.
-        return match answers.values().any(|answer| answer.registered == directory) {
+        return match answers
+            .values()
+            .any(|answer| answer.registered == directory)
+        {
             true => Ok(Begin::Join),
             false => Err(format!(
                 "the cluster knows this node with other data (directory {}), which is gone; it needs to be \
@@ -219,9 +230,16 @@ mod tests {
         let empty = answer(true, false, false, "");
         assert_eq!(decide_on(&[]), None);
         assert_eq!(decide_on(std::slice::from_ref(&empty)), None);
-        assert_eq!(decide_on(&[empty.clone(), empty.clone()]), Some(Begin::Found));
+        assert_eq!(
+            decide_on(&[empty.clone(), empty.clone()]),
+            Some(Begin::Found)
+        );
         let untold = answer(false, false, false, "");
-        assert_eq!(decide_on(&[empty, untold]), None, "it may know what was lost");
+        assert_eq!(
+            decide_on(&[empty, untold]),
+            None,
+            "it may know what was lost"
+        );
     }
 
     #[test]

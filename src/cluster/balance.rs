@@ -124,7 +124,8 @@ impl Cluster {
         while leadership.borrow_and_update().leader == Some(self.node()) {
             let staying = self.staying();
             let voters = group.members().0;
-            let able = (staying.intersection(&voters).copied()).find(|node| group.is_caught_up(*node));
+            let able =
+                (staying.intersection(&voters).copied()).find(|node| group.is_caught_up(*node));
             let Some(to) = able else {
                 if staying.is_empty() {
                     return;

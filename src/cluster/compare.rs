@@ -88,7 +88,8 @@ impl Cluster {
             for shard in self.shards() {
                 let newest = self.state(shard).checks().last().copied();
                 let known = compared.entry(shard).or_default();
-                let Some((index, digest)) = newest.filter(|(index, _)| *index > known.through) else {
+                let Some((index, digest)) = newest.filter(|(index, _)| *index > known.through)
+                else {
                     continue;
                 };
                 let verdict = tokio::select! {
@@ -115,7 +116,9 @@ impl Cluster {
         let others: Vec<NodeId> = (self.nodes().keys().copied())
             .filter(|node| *node != self.node())
             .collect();
-        let asked = others.iter().map(|node| self.ask_digest(*node, shard, index));
+        let asked = others
+            .iter()
+            .map(|node| self.ask_digest(*node, shard, index));
         let answers = futures_util::future::join_all(asked).await;
         let answers = others.iter().copied().zip(answers);
         verdict(
@@ -199,7 +202,9 @@ mod tests {
     #[test]
     fn only_a_majority_says_who_is_wrong() {
         let on = |answers: &[(u64, u64)]| {
-            let answers = answers.iter().map(|(node, digest)| (NodeId(*node), *digest));
+            let answers = answers
+                .iter()
+                .map(|(node, digest)| (NodeId(*node), *digest));
             verdict(NodeId(1), 7, answers, 3)
         };
         assert_eq!(on(&[]), Verdict::Open);

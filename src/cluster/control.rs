@@ -107,7 +107,9 @@ fn register(cluster: &Cluster, heard: &Heard) {
         let this = this.clone();
         async move {
             let pulse = peer::Alive::decode(body).map_err(|err| err.to_string())?;
-            this.register_directory(from, pulse.directory).await; Ok(peer::AliveResponse {}.encode_to_vec().into()) }
+            this.register_directory(from, pulse.directory).await;
+            Ok(peer::AliveResponse {}.encode_to_vec().into())
+        }
     };
     transport.register(ALIVE, Arc::new(alive));
 }

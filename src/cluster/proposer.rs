@@ -246,8 +246,13 @@ impl Task {
     /// Does what is due for the shard's log beside publishing. Publishers get their turn between two entries of it.
     async fn on_tick(&mut self) {
         let mut moved_bytes = 0;
+        self.upkeep.note_usage();
         while self.group.leads() {
-            let Some(due) = self.upkeep.look(self.clock.now_ms(), &mut moved_bytes).await else {
+            let Some(due) = self
+                .upkeep
+                .look(self.clock.now_ms(), &mut moved_bytes)
+                .await
+            else {
                 return;
             };
             let entry = entry::Entry {

@@ -141,7 +141,11 @@ impl Cluster {
                     }),
                     true => wire::entry::Command::Readmitted(wire::Readmitted { node: node.0 }),
                 };
-                let what = if back { "votes again" } else { "is out of every group" };
+                let what = if back {
+                    "votes again"
+                } else {
+                    "is out of every group"
+                };
                 tracing::info!(%node, "readmission: {what}");
                 self.command_or_warn(command).await;
             }
@@ -186,7 +190,11 @@ impl Cluster {
         response.done
     }
 
-    async fn step_here(&self, group: GroupId, request: &peer::MemberRequest) -> peer::MemberResponse {
+    async fn step_here(
+        &self,
+        group: GroupId,
+        request: &peer::MemberRequest,
+    ) -> peer::MemberResponse {
         let Some(group) = self.known_group(group) else {
             return peer::MemberResponse::default();
         };

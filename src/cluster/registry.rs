@@ -7,8 +7,8 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::watch;
 
-use crate::placement::Assignment;
 use crate::channel::Archive;
+use crate::placement::Assignment;
 use crate::raft::{Machine, Replay, Response, Restored};
 use crate::types::NodeId;
 use crate::wire::control;
@@ -211,6 +211,7 @@ pub(super) struct ControlMachine {
     registry: Registry,
     /// The registry at the horizon, encoded.
     frozen: (u64, Bytes),
+    applied: u64,
     registry_tx: watch::Sender<Arc<Registry>>,
     applied_tx: watch::Sender<u64>,
 }
@@ -222,6 +223,7 @@ impl ControlMachine {
         let machine = Self {
             registry: Registry::default(),
             frozen: (0, Bytes::new()),
+            applied: 0,
             registry_tx,
             applied_tx,
         };
@@ -231,6 +233,7 @@ impl ControlMachine {
 
 impl ControlMachine {
     fn moved_on(&mut self, index: u64) {
+        self.applied = index;
         if index >= self.frozen.0 + HORIZON_ENTRIES {
             self.frozen = (index, self.registry.encode());
         }
@@ -240,6 +243,7 @@ impl ControlMachine {
     fn replace(&mut self, index: u64, state: Bytes) -> Result<(), String> {
         self.registry = Registry::decode(state.clone())?;
         self.frozen = (index, state);
+        self.applied = index;
         self.registry_tx
             .send_replace(Arc::new(self.registry.clone()));
         self.applied_tx.send_replace(index);
@@ -281,6 +285,12 @@ impl Machine for ControlMachine {
 
     fn horizon(&self) -> u64 {
         self.frozen.0
+    }
+
+    fn let_go(&mut self) {
+        if self.applied > self.frozen.0 {
+            self.frozen = (self.applied, self.registry.encode());
+        }
     }
 
     fn outline(&self) -> Bytes {

@@ -14,7 +14,7 @@ use crate::cluster::lane::{Lane, Ways};
 use crate::cluster::proposer::Proposer;
 use crate::cluster::registry::ControlMachine;
 use crate::cluster::replica::{EventSink, ShardMachine};
-use crate::cluster::upkeep::{Exported, Upkeep};
+use crate::cluster::upkeep::{Exported, Upkeep, Usage};
 use crate::cluster::{
     Cluster, Error, Inner, Options, READERS, Registry, Replica, balance, compare, control, readmit,
 };
@@ -88,6 +88,7 @@ impl Cluster {
         let cluster = Self(Arc::new(Inner {
             options,
             transport,
+            host: parts.host.clone(),
             control,
             registry,
             shards: OnceLock::new(),
@@ -116,10 +117,12 @@ impl Cluster {
     }
 
     async fn start_shards(&self, parts: &Parts, tasks: &Tasks) -> Result<(), Error> {
+        let usage = Usage::new(parts.host.clone(), self.0.options.shards);
         let start = Starter {
             cluster: self,
             parts,
             tasks,
+            usage: Arc::new(usage),
         };
         let mut shards = Vec::new();
         let mut proposers = Vec::new();
@@ -154,9 +157,8 @@ impl Cluster {
     async fn is_registered(&self) -> Result<(), Error> {
         let mut registry = self.registry();
         let node = self.node();
-        let named = |registry: &Arc<Registry>| {
-            registry.directories.get(&node) == Some(&self.0.directory)
-        };
+        let named =
+            |registry: &Arc<Registry>| registry.directories.get(&node) == Some(&self.0.directory);
         let named = registry.wait_for(named).await;
         named.map(|_| ()).map_err(|_| Error::Stopping)
     }
@@ -211,6 +213,7 @@ struct Starter<'a> {
     cluster: &'a Cluster,
     parts: &'a Parts,
     tasks: &'a Tasks,
+    usage: Arc<Usage>,
 }
 
 impl Starter<'_> {
@@ -236,8 +239,10 @@ impl Starter<'_> {
             state.clone(),
             self.cluster.registry(),
             exported.clone(),
+            self.usage.clone(),
         );
-        let (proposer, task) = Proposer::new(group.clone(), state.clone(), upkeep, options.clock.clone());
+        let (proposer, task) =
+            Proposer::new(group.clone(), state.clone(), upkeep, options.clock.clone());
         self.tasks
             .spawn("cluster.proposer", OnError::StopNode, |token| {
                 task.run(token)

@@ -3,6 +3,7 @@
 //! compare their states.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use tokio::time::Instant;
 
 use crate::cluster::registry::Registry;
 use crate::cluster::replica::{self, State};
-use crate::raft::Group;
+use crate::raft::{Group, Host};
 use crate::types::ShardId;
 use crate::wire::entry;
 
@@ -44,10 +45,47 @@ const MOVED_BYTES: usize = 256 << 10;
 const MOVED_BYTES_A_LOOK: u64 = 32 << 20;
 /// Bytes of log read to find them at a time.
 const READ_BYTES: usize = 4 << 20;
+/// The node's log may hold so many times the slack of one shard beyond what is retained.
+const NODE_SLACK: u64 = 8;
+/// How often a shard that nobody publishes to lets time pass.
+const AGE: Duration = Duration::from_secs(5);
 /// A horizon is worth an entry when it lets go of so many entries, or of a whole segment.
 const HORIZON_ENTRIES: u64 = 65_536;
 /// How often it is said that bridges hold too much.
 const ALARM: Duration = Duration::from_secs(60);
+
+/// What the node's log holds, and what of it is retained: shared by the upkeep of all shards.
+#[derive(Debug)]
+pub(super) struct Usage {
+    host: Host,
+    /// Bytes of retained records, by shard.
+    live: Vec<AtomicU64>,
+}
+
+impl Usage {
+    pub(super) fn new(host: Host, shards: u32) -> Self {
+        let live = (0..shards).map(|_| AtomicU64::new(0));
+        Self {
+            host,
+            live: live.collect(),
+        }
+    }
+
+    fn note(&self, shard: ShardId, live_bytes: u64) {
+        let at = usize::try_from(shard.0).ok();
+        if let Some(live) = at.and_then(|at| self.live.get(at)) {
+            live.store(live_bytes, Ordering::Relaxed);
+        }
+    }
+
+    /// Bytes of retained records of all shards.
+    fn live_bytes(&self) -> u64 {
+        self.live
+            .iter()
+            .map(|live| live.load(Ordering::Relaxed))
+            .sum()
+    }
+}
 
 /// How far the shard's log was exported, by bridge. Clones share it.
 #[derive(Clone, Debug, Default)]
@@ -80,6 +118,8 @@ pub(super) struct Upkeep {
     pub(super) state: State,
     pub(super) registry: watch::Receiver<Arc<Registry>>,
     pub(super) exported: Exported,
+    usage: Arc<Usage>,
+    aged: Option<Instant>,
     checked: Option<(Instant, u64)>,
     alarmed: Option<Instant>,
 }
@@ -100,6 +140,7 @@ impl Upkeep {
         state: State,
         registry: watch::Receiver<Arc<Registry>>,
         exported: Exported,
+        usage: Arc<Usage>,
     ) -> Self {
         Self {
             shard,
@@ -108,6 +149,8 @@ impl Upkeep {
             state,
             registry,
             exported,
+            usage,
+            aged: None,
             checked: None,
             alarmed: None,
         }
@@ -118,9 +161,10 @@ impl Upkeep {
         let (time, applied, floor, horizon, live_bytes) = {
             let state = self.state.read();
             let (floor, horizon) = (state.live_floor(), state.horizon());
-            let time = state.has_due(now_ms);
-            (time, state.applied(), floor, horizon, state.live_bytes())
+            let due = state.has_due(now_ms);
+            (due, state.applied(), floor, horizon, state.live_bytes())
         };
+        let time = self.has_aged(time);
         let mut due = Due::default();
         let held = self.held(floor);
         let to = floor.min(held);
@@ -140,10 +184,34 @@ impl Upkeep {
         (something || time).then_some(due)
     }
 
-    /// Little of the log is retained, and it is large.
+    /// Little of the log is retained, and it is large: this shard's, or the node's and this shard's oldest entries are in
+    /// the older half of its segments.
     fn is_pinned(&self, live_bytes: u64) -> bool {
-        let allowed = live_bytes.saturating_mul(self.options.slack_ratio);
-        self.group.log_bytes() > allowed.saturating_add(self.options.slack_bytes)
+        let allowed = |live: u64, slack| {
+            live.saturating_mul(self.options.slack_ratio)
+                .saturating_add(slack)
+        };
+        if self.group.log_bytes() > allowed(live_bytes, self.options.slack_bytes) {
+            return true;
+        }
+        let node = self.usage.host.log_usage();
+        let slack = self.options.slack_bytes.saturating_mul(NODE_SLACK);
+        node.bytes_on_disk > allowed(self.usage.live_bytes(), slack)
+            && self.group.newer_segments() * 2 > node.segments
+    }
+
+    /// Notes how much of the shard is retained here; also where this node only follows.
+    pub(super) fn note_usage(&self) {
+        self.usage.note(self.shard, self.state.read().live_bytes());
+    }
+
+    /// Time alone has changed something, and it was a while ago that this was last looked at.
+    fn has_aged(&mut self, due: bool) -> bool {
+        let aged = due && self.aged.is_none_or(|at| at.elapsed() >= AGE);
+        if aged {
+            self.aged = Some(Instant::now());
+        }
+        aged
     }
 
     /// Up to where bridges let go.
@@ -159,9 +227,13 @@ impl Upkeep {
             self.alarmed = Some(Instant::now());
             let (shard, limit) = (self.shard, self.options.held_bytes_max);
             match beyond {
-                false => tracing::warn!(%shard, bytes, limit, "an outbound bridge does not get on and holds the log"),
-                true => tracing::error!(%shard, bytes, limit, "an outbound bridge held the log too long: messages are \
-                    let go that it has not exported"),
+                false => {
+                    tracing::warn!(%shard, bytes, limit, "an outbound bridge does not get on and holds the log")
+                }
+                true => {
+                    tracing::error!(%shard, bytes, limit, "an outbound bridge held the log too long: messages are \
+                    let go that it has not exported")
+                }
             }
         }
         if beyond { u64::MAX } else { lowest }

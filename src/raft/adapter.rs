@@ -48,6 +48,8 @@ pub(crate) struct Adapter {
     file: SnapshotFile,
     log: GroupLog,
     progress_tx: watch::Sender<Progress>,
+    /// Held from the moment a checkpoint is taken until it is stored, so that no older one replaces it.
+    storing: Arc<tokio::sync::Mutex<()>>,
 }
 
 struct Inner {
@@ -99,6 +101,7 @@ impl Adapter {
             file,
             log,
             progress_tx,
+            storing: Arc::default(),
         };
         Ok((adapter, usable))
     }
@@ -109,6 +112,7 @@ impl Adapter {
 
     /// Makes a checkpoint, durably. Takes as long as the disk does.
     pub(super) async fn checkpoint(&self) -> io::Result<()> {
+        let _turn = self.storing.lock().await;
         let taken = self.lock().take(&self.progress_tx);
         self.store(taken).await
     }
@@ -137,6 +141,18 @@ impl Adapter {
                 .saturating_sub(taken.covers.since_checkpoint);
         });
         Ok(())
+    }
+
+    /// Moves the horizon on if the machine chooses it by itself.
+    pub(super) fn let_go(&self) {
+        let horizon = {
+            let mut inner = self.lock();
+            inner.machine.let_go();
+            inner.note_horizon(&self.log);
+            inner.horizon.map_or(0, |id| id.index)
+        };
+        self.progress_tx
+            .send_modify(|progress| progress.horizon = horizon);
     }
 
     /// What another replica starts from that has the log behind the horizon; `None` while the whole log is there.
@@ -172,6 +188,7 @@ impl Adapter {
 
     /// Takes another replica's outline where this one has nothing of its own to start from.
     pub(super) async fn adopt(&self, meta: &SnapshotMeta, outline: Bytes) -> io::Result<()> {
+        let _turn = self.storing.lock().await;
         let checkpoint = peer::Checkpoint {
             applied: meta.last_log_id.as_ref().map(log_id_out),
             horizon: meta.last_log_id.as_ref().map(log_id_out),
@@ -267,6 +284,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Adapter {
     type SnapshotData = Bytes;
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
+        let _turn = self.storing.lock().await;
         let (outline, taken) = {
             let inner = self.lock();
             (inner.outline(), inner.take(&self.progress_tx))

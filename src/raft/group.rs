@@ -240,6 +240,12 @@ impl Group {
         }
     }
 
+    /// The log index of the oldest entry here, if there is one.
+    #[must_use]
+    pub fn log_first(&self) -> Option<u64> {
+        self.log.first()
+    }
+
     /// Payload bytes of the log as it is here.
     #[must_use]
     pub fn log_bytes(&self) -> u64 {

@@ -30,6 +30,20 @@ pub struct Host {
 
 const CHECKPOINTS: usize = 2;
 
+/// What a node's log holds, and what it has done since it was opened.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LogUsage {
+    pub segments: usize,
+    /// What the segments' files take.
+    pub bytes_on_disk: u64,
+    /// Entries that were damaged or lost and are being had from other nodes.
+    pub unreadable_entries: u64,
+    pub syncs: u64,
+    /// Times that all sealed segments were read and verified in the background, and bytes of it.
+    pub scrub_rounds: u64,
+    pub scrubbed_bytes: u64,
+}
+
 /// What one group stands on.
 #[derive(Debug)]
 pub(super) struct Parts {
@@ -106,7 +120,23 @@ impl Host {
             return Ok(false);
         }
         let entries = log.read(0..ENTRIES, usize::MAX)?;
-        Ok(entries.into_iter().all(|entry| normal_payload(entry).is_none()))
+        Ok(entries
+            .into_iter()
+            .all(|entry| normal_payload(entry).is_none()))
+    }
+
+    /// What the node's log holds and has done since it was opened.
+    #[must_use]
+    pub fn log_usage(&self) -> LogUsage {
+        let stats = self.log.stats();
+        LogUsage {
+            segments: stats.segments,
+            bytes_on_disk: stats.bytes_on_disk,
+            unreadable_entries: stats.holes,
+            syncs: stats.syncs,
+            scrub_rounds: stats.scrub_rounds,
+            scrubbed_bytes: stats.scrubbed_bytes,
+        }
     }
 
     /// Tells the node's data directory from every other.

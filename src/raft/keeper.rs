@@ -17,6 +17,10 @@ use crate::types::GroupId;
 const BUILD_PATIENCE: Duration = Duration::from_secs(30);
 /// Pause after a purge that openraft has to put off, and between looks at what is new.
 const AGAIN: Duration = Duration::from_millis(500);
+/// How often a group is looked at in which nothing happens.
+const QUIET: Duration = Duration::from_secs(10);
+/// Newer segments from which on a group's oldest entries hold up what is freed of the node's log.
+const SEGMENTS: usize = 2;
 
 pub(super) struct Keeper {
     pub(super) raft: Raft,
@@ -36,6 +40,10 @@ impl Keeper {
                 changed = progress.changed() => if changed.is_err() {
                     return Ok(());
                 },
+                () = tokio::time::sleep(QUIET) => {}
+            }
+            if self.log.newer_segments() > SEGMENTS {
+                self.adapter.let_go();
             }
             let kept = tokio::select! {
                 () = token.cancelled() => return Ok(()),

@@ -109,7 +109,9 @@ impl RaftLogReader<TypeConfig> for LogStore {
             async move {
                 let page = read_mended(&log, next, end, PAGE_BYTES).await?;
                 let last = page.last().map(|entry| entry.log_id.index);
-                Ok::<_, io::Error>(last.map(|last| (stream::iter(page.into_iter().map(Ok)), last + 1)))
+                Ok::<_, io::Error>(
+                    last.map(|last| (stream::iter(page.into_iter().map(Ok)), last + 1)),
+                )
             }
         });
         Box::pin(pages.try_flatten())
@@ -187,7 +189,8 @@ async fn read_mended(
 }
 
 fn is_damage(err: &io::Error) -> bool {
-    err.get_ref().is_some_and(|inner| inner.is::<storage::Damaged>())
+    err.get_ref()
+        .is_some_and(|inner| inner.is::<storage::Damaged>())
 }
 
 fn read(log: &GroupLog, start: u64, end: u64, max_bytes: usize) -> io::Result<Vec<Entry>> {

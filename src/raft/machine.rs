@@ -58,6 +58,9 @@ pub trait Machine: Send + Sync + 'static {
 
     /// Never sinks. 0: the whole log is needed.
     fn horizon(&self) -> u64;
+    /// The group's oldest entries are all that still lies in old segments of the node's log: a machine that chooses its
+    /// horizon by itself moves it on.
+    fn let_go(&mut self);
     /// What a replica needs that has the log behind the horizon. Small: no record is in it.
     fn outline(&self) -> Bytes;
     /// Replaces the state by an outline, or by what a checkpoint holds of one. The log from its horizon on follows.

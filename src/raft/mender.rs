@@ -131,7 +131,9 @@ impl Mender {
                     last: hole.end - 1,
                 };
                 let body = request.encode_to_vec().into();
-                let answer = self.transport.call(node, Lane::Bulk, network::FETCH, group, body, ASK);
+                let answer =
+                    self.transport
+                        .call(node, Lane::Bulk, network::FETCH, group, body, ASK);
                 let response = answer.await.map_err(std::io::Error::other);
                 let response = response.and_then(codec::decode::<peer::FetchResponse>);
                 let entries = response.and_then(|response| {
@@ -173,7 +175,9 @@ impl Group {
             return;
         }
         let (voters, _) = self.members();
-        let heir = voters.into_iter().find(|node| self.is_caught_up(*node) && !self.is_me(*node));
+        let heir = voters
+            .into_iter()
+            .find(|node| self.is_caught_up(*node) && !self.is_me(*node));
         if let Some(heir) = heir {
             self.transfer_to(heir).await;
         }

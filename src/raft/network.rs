@@ -12,10 +12,10 @@ use openraft::raft::{
 use openraft::{EmptyNode, RaftNetworkFactory, RaftNetworkV2};
 use prost::Message as _;
 
+use crate::raft::adapter::{Snapshot, snapshot_out};
 use crate::raft::codec::{
     self, AppendRequest, AppendResponse, VoteRequest, VoteResponse, log_id_out, vote_in, vote_out,
 };
-use crate::raft::adapter::{Snapshot, snapshot_out};
 use crate::raft::throttle::Throttle;
 use crate::raft::{TypeConfig, Vote};
 use crate::transport::{CallError, Lane, Service, Transport};
@@ -107,9 +107,7 @@ impl Client {
             request.state = whole.slice(offset..end);
             let body: Bytes = request.encode_to_vec().into();
             self.catch_up.take(body.len()).await;
-            let answer = self
-                .call(Lane::Bulk, SNAPSHOT, body, PART_PATIENCE)
-                .await?;
+            let answer = self.call(Lane::Bulk, SNAPSHOT, body, PART_PATIENCE).await?;
             let response: peer::SnapshotResponse = codec::decode(answer).map_err(undecodable)?;
             let theirs = vote_in(response.vote).map_err(undecodable)?;
             offset = end;

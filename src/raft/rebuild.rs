@@ -40,7 +40,11 @@ impl Group {
     }
 
     /// Committed entries from `first` to `last`, those that are here, some of them.
-    pub(super) async fn read_committed(&self, first: u64, last: u64) -> io::Result<Vec<crate::raft::Entry>> {
+    pub(super) async fn read_committed(
+        &self,
+        first: u64,
+        last: u64,
+    ) -> io::Result<Vec<crate::raft::Entry>> {
         let committed = self.raft.metrics().borrow_watched().last_applied;
         let end = (last + 1).min(committed.map_or(0, |id| id.index + 1));
         let log = LogStore(self.log.clone());

@@ -6,9 +6,9 @@ use bytes::Bytes;
 use openraft::StorageError;
 use openraft::testing::log::{StoreBuilder, Suite};
 
-use crate::raft::log_store::LogStore;
 use crate::channel::Archive;
 use crate::raft::adapter::Adapter;
+use crate::raft::log_store::LogStore;
 use crate::raft::{Machine, Replay, Response, Restored, TypeConfig};
 use crate::storage::{Log, Options, Owner};
 use crate::types::GroupId;
@@ -48,6 +48,8 @@ impl Machine for Counter {
     fn horizon(&self) -> u64 {
         self.0
     }
+
+    fn let_go(&mut self) {}
 
     fn outline(&self) -> Bytes {
         self.checkpoint()
