@@ -66,7 +66,7 @@ impl Host {
         options: Options,
         tasks: &Tasks,
     ) -> Self {
-        let server = Server::default();
+        let server = Server::new(log.clone());
         server.register(&transport);
         let healths = Healths::default();
         let (known, way) = (healths.clone(), transport.clone());

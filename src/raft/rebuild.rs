@@ -9,7 +9,6 @@ use prost::Message as _;
 
 use crate::raft::adapter::{SnapshotMeta, snapshot_in, snapshot_out};
 use crate::raft::host::Parts;
-use crate::raft::log_store::LogStore;
 use crate::raft::{Group, codec, network};
 use crate::transport::{Lane, Transport};
 use crate::types::{GroupId, NodeId};
@@ -39,17 +38,11 @@ impl Group {
         self.adapter.checkpoint().await
     }
 
-    /// Committed entries from `first` to `last`, those that are here, some of them.
-    pub(super) async fn read_committed(
-        &self,
-        first: u64,
-        last: u64,
-    ) -> io::Result<Vec<crate::raft::Entry>> {
-        let committed = self.raft.metrics().borrow_watched().last_applied;
-        let end = (last + 1).min(committed.map_or(0, |id| id.index + 1));
-        let log = LogStore(self.log.clone());
-        let read = tokio::task::spawn_blocking(move || log.read_page(first, end));
-        read.await.map_err(io::Error::other)?
+    /// The newest log index applied here.
+    pub(super) fn applied(&self) -> u64 {
+        let metrics = self.raft.metrics();
+        let applied = metrics.borrow_watched().last_applied;
+        applied.map_or(0, |id| id.index)
     }
 }
 

@@ -10,14 +10,17 @@ use prost::Message as _;
 
 use crate::raft::adapter::{Snapshot, snapshot_in};
 use crate::raft::codec::{self, log_id_in, vote_in, vote_out};
-use crate::raft::{Group, network};
+use crate::raft::log_store::LogStore;
+use crate::raft::{Entry, Group, network};
+use crate::storage::Log;
 use crate::transport::{Handler, Service, Transport};
 use crate::types::{GroupId, NodeId};
 use crate::wire::peer;
 
 /// The groups of this node, reachable by number.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub(super) struct Server {
+    log: Log,
     groups: Arc<RwLock<BTreeMap<GroupId, Group>>>,
     /// Snapshots of which parts have arrived. One per group: a group has one leader.
     arriving: Arc<Mutex<BTreeMap<GroupId, Arriving>>>,
@@ -36,6 +39,25 @@ struct Arriving {
 const SNAPSHOT_BYTES_MAX: u64 = 1 << 30;
 
 impl Server {
+    pub(super) fn new(log: Log) -> Self {
+        Self {
+            log,
+            groups: Arc::default(),
+            arriving: Arc::default(),
+        }
+    }
+
+    /// Committed entries from `first` to `last`, those that can be read here, some of them. Also of a group that has not
+    /// started yet: it may wait itself for what others have.
+    async fn committed_entries(&self, group: GroupId, first: u64, last: u64) -> std::io::Result<Vec<Entry>> {
+        let log = self.log.group(group);
+        let applied = self.group(group).map_or(0, |group| group.applied());
+        let committed = log.committed().map_or(0, |id| id.index).max(applied);
+        let end = last.min(committed).saturating_add(1);
+        let read = tokio::task::spawn_blocking(move || LogStore(log).read_page(first, end));
+        read.await.map_err(std::io::Error::other)?
+    }
+
     /// Answers Raft's calls on this transport from now on.
     pub(super) fn register(&self, transport: &Transport) {
         let services = [
@@ -113,12 +135,14 @@ impl Handler for Door {
     ) -> BoxFuture<'static, Result<Bytes, String>> {
         let (server, service) = (self.groups.clone(), self.service);
         Box::pin(async move {
+            if service == network::FETCH {
+                return fetch(&server, group, body).await;
+            }
             let here = server.group(group);
             let here = here.ok_or_else(|| format!("{group} is not here"))?;
             match service {
                 network::SNAPSHOT => snapshot(&server, &here, from, body).await,
                 network::OUTLINE => outline(&here),
-                network::FETCH => fetch(&here, body).await,
                 _ => answer(&here, service, body).await,
             }
         })
@@ -153,9 +177,10 @@ fn outline(group: &Group) -> Result<Bytes, String> {
     Ok(request.encode_to_vec().into())
 }
 
-async fn fetch(group: &Group, body: Bytes) -> Result<Bytes, String> {
+async fn fetch(server: &Server, group: GroupId, body: Bytes) -> Result<Bytes, String> {
     let request: peer::FetchRequest = codec::decode(body).map_err(text)?;
-    let entries = group.read_committed(request.first, request.last).await;
+    let entries = server.committed_entries(group, request.first, request.last);
+    let entries = entries.await;
     let entries = entries.map_err(text)?;
     let entries = entries.iter().map(codec::entry_out).collect();
     Ok(peer::FetchResponse { entries }.encode_to_vec().into())

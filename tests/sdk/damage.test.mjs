@@ -13,6 +13,9 @@ const BYTES = 48_000;
 const AT_ONCE = 60;
 const ROUNDS_MAX = 60;
 
+// Small log files, so that there are soon several that nothing is written to any more.
+process.env.FIRTH__STORAGE__SEGMENT_BYTES = String(1 << 20);
+
 const scenario = suite();
 const acked = new Map(CHANNELS.map((name) => [name, []]));
 
