@@ -9,7 +9,8 @@
 //!
 //! The *incarnation* is drawn anew for each use of a file, so what an earlier use left behind never passes. *Synced*
 //! is how far this segment was known to be durable when the frame was written: an unreadable frame before that point
-//! was once acknowledged, one behind it may simply not have reached the disk. Length, checksum, version and
+//! was once acknowledged, one behind it may simply not have reached the disk. It never falls from one frame to the next:
+//! see [`Order`]. Length, checksum, version and
 //! incarnation keep their places in every future version.
 
 use crc32c::{crc32c, crc32c_append};
@@ -40,7 +41,8 @@ pub(super) enum Kind {
     /// The segment ends here, and all of it is durable. The id is no log id: its index is where the directory's frame
     /// begins, its term that one's payload length, its node the segment's number. Repeated at the end of the file.
     Seal = 7,
-    /// The log was closed here, with everything before durable.
+    /// The log was closed here, or opened again where it had not been: nothing behind was written before all up to
+    /// the end of this frame was durable.
     Close = 8,
     /// At a segment's end: where entries of the group lie in it, the first of them being the index of the id; tag 1
     /// for `Repaired` ones.
@@ -149,6 +151,8 @@ pub(super) enum Bad {
     Length,
     #[error("checksum does not match")]
     Checksum,
+    #[error("a record from before the log was last opened, of which nobody was told")]
+    Stale,
     #[error("unknown kind of frame")]
     Kind,
     /// Whole, but of a version this build does not know.
@@ -186,6 +190,37 @@ pub(super) fn decode(bytes: &[u8], incarnation: u64) -> Result<(Frame<'_>, u64),
         payload: &whole[HEADER..],
     };
     Ok((frame, u64_at(head, 24)))
+}
+
+/// Reads frames in the order in which they stand, and tells those that belong there from what an interrupted write of
+/// this same use of the file left behind, which new frames may come to end just before.
+///
+/// Whatever is written after the log was opened again stands behind a frame of kind `Close` and knows that this one is
+/// durable. What was written before cannot know that. To wipe the remains instead would not do: when that fails, they
+/// may be gone from the cache and still be on the medium.
+#[derive(Debug, Default)]
+pub(super) struct Order {
+    /// The next frame knows at least this much to be durable.
+    floor: u64,
+}
+
+impl Order {
+    /// Like [`decode`], of the frame that begins at `at` in the segment's bytes.
+    pub(super) fn decode<'a>(
+        &mut self,
+        bytes: &'a [u8],
+        at: usize,
+        incarnation: u64,
+    ) -> Result<(Frame<'a>, u64), Bad> {
+        let (frame, synced) = decode(&bytes[at..], incarnation)?;
+        self.floor = match frame.kind {
+            // Itself, it may follow one that is not known to be durable; and a stale one says nothing wrong.
+            Kind::Close => (at + frame.size()) as u64,
+            _ if synced < self.floor => return Err(Bad::Stale),
+            _ => synced,
+        };
+        Ok((frame, synced))
+    }
 }
 
 /// Of a whole frame, leaving out the field it is kept in.

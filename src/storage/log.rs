@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use crate::storage::cache::Cache;
 use crate::storage::disk::{Disk, RealDisk};
+use crate::storage::frame::{Frame, Kind};
 use crate::storage::group::{Group, State};
 use crate::storage::group_log::GroupLog;
 use crate::storage::recover::{End, recover};
@@ -166,6 +167,8 @@ impl Log {
             return Err(Error::Locked { dir });
         };
         let identity = identity::claim(&*disk, &dir, owner)?;
+        // The names found may be those that a process gave which died, or failed, before they were durable.
+        disk.sync_dir().map_err(Error::io("sync", &dir))?;
         let recovered = recover(&*disk, &dir)?;
         let (spares, spares_thread) =
             Spares::start(&disk, &options, recovered.segments.is_empty())?;
@@ -334,27 +337,37 @@ impl Drop for Handle {
     }
 }
 
-/// Makes the disk agree with what was recovered, and goes on from there.
-fn writer(start: Start, segments: &[Arc<Segment>], end: End) -> io::Result<Writer> {
-    match (segments.last(), end) {
-        (None, _) => Writer::create(start, 1),
-        (Some(newest), End::Sealed) => Writer::create(start, newest.number + 1),
-        (Some(newest), End::Open { at, dirty_to }) => {
-            if dirty_to > at {
-                tracing::warn!(
-                    segment = newest.number,
-                    at,
-                    bytes = dirty_to - at,
-                    "cutting off writes that a crash interrupted; nobody was told of them"
-                );
-            }
-            let zeros = vec![0; usize::try_from(dirty_to - at).map_err(io::Error::other)?];
-            newest.file.write_at(&zeros, at)?;
-            // Also for what was read a moment ago: after a mere restart it may never have reached the device.
-            newest.file.sync()?;
-            Ok(Writer::resume(start, newest.clone(), at))
-        }
+/// Makes what was recovered durable, and goes on from there.
+///
+/// What nobody has vouched for may be in the page cache only: because whoever wrote it died before the sync, or because
+/// the sync failed, after which the kernel takes it for written and no later sync touches it. So it is written again.
+fn writer(start: Start, segments: &[Arc<Segment>], end: Option<End>) -> io::Result<Writer> {
+    let (Some(newest), Some(end)) = (segments.last(), end) else {
+        return Writer::create(start, 1);
+    };
+    let End {
+        at,
+        unsure: mut bytes,
+        closed,
+        torn,
+    } = end;
+    if torn {
+        tracing::warn!(
+            segment = newest.number,
+            at,
+            "leaving out writes that a crash interrupted; nobody was told of them"
+        );
     }
+    let from = at - bytes.len() as u64;
+    if !closed {
+        // Tells what stands behind now from what will.
+        Frame::bare(Kind::Close).encode(newest.incarnation, from, &mut bytes);
+    }
+    newest.file.write_at(&bytes, from)?;
+    newest.file.sync()?;
+    let end = from + bytes.len() as u64;
+    newest.size.fetch_max(end, Relaxed);
+    Ok(Writer::resume(start, newest.clone(), end))
 }
 
 impl Shared {

@@ -16,13 +16,13 @@ use bytes::Bytes;
 
 use crate::storage::Error;
 use crate::storage::disk::Disk;
-use crate::storage::frame::{self, Bad, Frame, Kind};
+use crate::storage::frame::{self, Bad, Frame, Kind, Order};
 use crate::storage::group::{self, Placed, State};
 use crate::storage::index::Slot;
 use crate::storage::layout::{Holes, Layout};
 use crate::storage::scan::{self, Stretch};
 use crate::storage::segment::{self, BadHeader, Header, Segment};
-use crate::storage::track::{self, Sheet, Track};
+use crate::storage::track::{self, Track};
 
 /// All that the segments say.
 #[derive(Debug)]
@@ -30,17 +30,21 @@ pub(super) struct Recovered {
     pub(super) groups: HashMap<u32, (State, Track)>,
     /// In order of their numbers.
     pub(super) segments: Vec<Arc<Segment>>,
-    /// The end of the newest segment.
-    pub(super) end: End,
+    /// The end of the newest segment, if there is one.
+    pub(super) end: Option<End>,
 }
 
-/// How a segment ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum End {
-    /// Nothing may be added.
-    Sealed,
-    /// The next frame goes to `at`. From there to `dirty_to` lie remains of writes that nobody was told about.
-    Open { at: u64, dirty_to: u64 },
+/// Where the newest segment ends. If it was sealed already, it ends before that: what seals a segment says nothing new.
+#[derive(Debug)]
+pub(super) struct End {
+    /// The next frame goes here.
+    pub(super) at: u64,
+    /// The bytes up to there of which no frame says that they are durable.
+    pub(super) unsure: Vec<u8>,
+    /// The last frame is of kind `Close`, and nothing stands behind it.
+    pub(super) closed: bool,
+    /// Behind it stand remains of writes that a crash interrupted since the log was last opened.
+    pub(super) torn: bool,
 }
 
 /// Changes nothing on the disk.
@@ -55,19 +59,12 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, Error> {
         return Ok(Recovered {
             groups: HashMap::new(),
             segments: Vec::new(),
-            end: End::Sealed,
+            end: None,
         });
     };
     let scan = Scan::open(disk, dir, newest)?;
     let mut tracks = HashMap::new();
     let end = scan.run(&mut tracks)?;
-    if end == End::Sealed {
-        // Its directory says the same as the sheets; let there be one way from here.
-        tracks
-            .values_mut()
-            .for_each(|track: &mut Track| track.sheet = Sheet::default());
-        numbers.push(newest);
-    }
     let mut layouts: HashMap<u32, Layout> = HashMap::new();
     let mut segments = Vec::new();
     for number in numbers {
@@ -79,9 +76,7 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, Error> {
         }
         segments.push(Arc::new(segment));
     }
-    if end != End::Sealed {
-        segments.push(Arc::new(scan.segment));
-    }
+    segments.push(Arc::new(scan.segment));
     let mut groups = HashMap::new();
     for (number, track) in tracks {
         let layout = layouts.remove(&number).unwrap_or_default();
@@ -90,7 +85,7 @@ pub(super) fn recover(disk: &dyn Disk, dir: &Path) -> Result<Recovered, Error> {
     Ok(Recovered {
         groups,
         segments,
-        end,
+        end: Some(end),
     })
 }
 
@@ -157,6 +152,18 @@ fn finish(group: u32, newest: u32, mut track: Track, mut layout: Layout) -> (Sta
     (state, track)
 }
 
+/// What was read of the newest segment so far.
+struct Seen {
+    order: Order,
+    at: usize,
+    /// As far as its frames say.
+    synced: u64,
+    /// The last frame was of kind `Close`.
+    closed: bool,
+    /// Where indexes begin, if they do.
+    footer: Option<usize>,
+}
+
 /// The newest segment, read whole.
 struct Scan {
     path: PathBuf,
@@ -197,42 +204,49 @@ impl Scan {
     }
 
     fn run(&self, tracks: &mut HashMap<u32, Track>) -> Result<End, Error> {
-        let incarnation = self.segment.incarnation;
-        let mut at = segment::HEADER;
-        let mut footer = None;
+        let mut seen = Seen {
+            order: Order::default(),
+            at: segment::HEADER,
+            // It got its name when its head was durable.
+            synced: self.header.head_end,
+            closed: false,
+            footer: None,
+        };
         loop {
-            match frame::decode(&self.bytes[at..], incarnation) {
-                Ok((frame, _)) if frame.kind == Kind::Seal => return Ok(End::Sealed),
-                Ok((frame, _)) => {
+            let at = seen.at;
+            match (seen.order).decode(&self.bytes, at, self.segment.incarnation) {
+                Ok((frame, _)) if frame.kind == Kind::Seal => return Ok(self.end(&seen)),
+                Ok((frame, synced)) => {
                     match frame.kind {
                         Kind::Close => {}
-                        Kind::Index | Kind::Directory => footer = footer.or(Some(at)),
+                        Kind::Index | Kind::Directory => seen.footer = seen.footer.or(Some(at)),
                         _ => {
                             let track = tracks.entry(frame.group).or_default();
                             let applied = apply(track, &frame, at);
                             applied.map_err(|what| self.damaged(at as u64, &what))?;
                         }
                     }
-                    at += frame.size();
+                    seen.synced = seen.synced.max(synced);
+                    seen.closed = frame.kind == Kind::Close;
+                    seen.at += frame.size();
                 }
                 Err(Bad::Version(found)) => {
                     let (found, ours) = (u32::from(found), u32::from(frame::VERSION));
                     return Err(Error::version(self.path.clone(), found, ours));
                 }
-                Err(bad) => return self.tail(at, footer.unwrap_or(at), bad),
+                Err(bad) => return self.tail(&seen, bad),
             }
         }
     }
 
-    /// Whether the log may end at `at`, where no frame can be read. It goes on at `end`, before what was to seal the
-    /// segment but did not.
-    fn tail(&self, at: usize, end: usize, bad: Bad) -> Result<End, Error> {
-        let offset = at as u64;
+    /// Whether the log may end here, where no frame can be read.
+    fn tail(&self, seen: &Seen, bad: Bad) -> Result<End, Error> {
+        let offset = seen.at as u64;
         if offset < self.header.head_end || bad == Bad::Kind {
             return Err(self.damaged(offset, &bad.to_string()));
         }
         let incarnation = self.segment.incarnation;
-        let mut from = at;
+        let mut from = seen.at;
         while let Some(behind) = scan::resume(&self.bytes, incarnation, from + 1) {
             if let Ok((_, synced)) = frame::decode(&self.bytes[behind..], incarnation)
                 && synced > offset
@@ -244,16 +258,20 @@ impl Scan {
             }
             from = behind;
         }
-        // What an earlier use of the file left cannot be taken for a frame; what this one left could be, once new
-        // frames end just before it.
-        let mut dirty_to = end;
-        while let Some(mark) = scan::next_mark(&self.bytes, incarnation, dirty_to) {
-            dirty_to = mark + size_of_val(&incarnation);
+        Ok(self.end(seen))
+    }
+
+    /// The log goes on before what was to seal the segment.
+    fn end(&self, seen: &Seen) -> End {
+        let at = seen.footer.unwrap_or(seen.at);
+        let from = usize::try_from(seen.synced).map_or(at, |synced| synced.min(at));
+        let remains = scan::next_mark(&self.bytes, self.segment.incarnation, at).is_some();
+        End {
+            at: at as u64,
+            unsure: self.bytes[from..at].to_vec(),
+            closed: seen.closed && !remains,
+            torn: remains && !seen.closed && seen.footer.is_none(),
         }
-        Ok(End::Open {
-            at: end as u64,
-            dirty_to: dirty_to as u64,
-        })
     }
 
     fn damaged(&self, offset: u64, what: &str) -> Error {

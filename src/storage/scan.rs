@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
 use crate::storage::disk::{Disk, DiskFile};
-use crate::storage::frame::{self, Frame, Kind, u64_at};
+use crate::storage::frame::{self, Frame, Kind, Order, u64_at};
 use crate::storage::index::{self, Slot};
 use crate::storage::layout::{Part, Where};
 use crate::storage::leaders::Leaders;
@@ -160,9 +160,10 @@ pub(super) fn walk<'a>(
     mut each: impl FnMut(usize, &Frame<'a>),
 ) -> Vec<Range<usize>> {
     let mut unreadable = Vec::new();
+    let mut order = Order::default();
     let mut at = from;
     while at < bytes.len() && incarnation != 0 {
-        let Ok((frame, _)) = frame::decode(&bytes[at..], incarnation) else {
+        let Ok((frame, _)) = order.decode(bytes, at, incarnation) else {
             let next = resume(bytes, incarnation, at + 1);
             unreadable.push(at..next.unwrap_or(bytes.len()));
             at = next.unwrap_or(bytes.len());

@@ -111,6 +111,31 @@ impl Track {
         self.sealed.iter().map(|stretch| stretch.segment)
     }
 
+    /// Whether entries exist that no known segment holds.
+    pub(super) fn has_holes(&self) -> bool {
+        let Some((mut next, last)) = self.span else {
+            return false;
+        };
+        let Sheet {
+            first,
+            slots,
+            repaired,
+        } = &self.sheet;
+        let sealed = self.sealed.iter().map(|part| part.first..part.last + 1);
+        let active = *first..first + slots.len() as u64;
+        let repaired = repaired.keys().map(|index| *index..index + 1);
+        let mut held: Vec<_> = sealed.chain([active]).chain(repaired).collect();
+        held.retain(|held| !held.is_empty());
+        held.sort_unstable_by_key(|held| held.start);
+        for held in held {
+            if held.start > next {
+                return true;
+            }
+            next = next.max(held.end);
+        }
+        next <= last.index
+    }
+
     /// The frames that repeat this state at a segment's head.
     pub(super) fn for_each_frame(&self, group: u32, mut put: impl FnMut(Frame<'_>)) {
         if let Some(vote) = &self.vote {

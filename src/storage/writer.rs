@@ -390,8 +390,9 @@ impl Writer {
         }
         let used: HashSet<u32> = self.tracks.values().flat_map(Track::segments).collect();
         let active = self.active.number;
-        // What cannot be read may be all that is left of an entry: kept until all of them were replaced or purged.
-        let holes = self.shared.holes() > 0;
+        // What cannot be read may be all that is left of an entry: kept until all of them were replaced or purged,
+        // durably. What readers see is ahead of that.
+        let holes = self.tracks.values().any(Track::has_holes);
         let mut segments = self
             .shared
             .segments

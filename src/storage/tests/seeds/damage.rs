@@ -21,7 +21,7 @@ pub(super) fn run(seed: u64) {
     let expected: Vec<_> = groups
         .iter()
         .enumerate()
-        .map(|(n, group)| State::of(group, n).unwrap())
+        .map(|(n, group)| State::of(group, n, |id| run.history.size(n, id)))
         .collect();
     log.close().unwrap();
     let disk = run.disk.after_kill();

@@ -1,7 +1,6 @@
 //! What the log was given and what it has said of it, and whether what is found after a crash can come of that.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::sync::{Arc, Mutex};
 
 use bytes::Bytes;
@@ -73,12 +72,26 @@ impl State {
         }
     }
 
-    /// What the log says of a group, every byte compared. Fails when an entry cannot be read.
-    pub(super) fn of(group: &GroupLog, number: usize) -> io::Result<Self> {
+    /// What the log says of a group, every byte compared. Of an entry that cannot be read the id counts; `size` tells
+    /// how large it was.
+    pub(super) fn of(group: &GroupLog, number: usize, size: impl Fn(LogId) -> usize) -> Self {
         let mut entries = BTreeMap::new();
-        for entry in group.read(0..u64::MAX, usize::MAX)? {
-            check(&entry, number);
-            entries.insert(entry.id.index, (entry.id, entry.payload.len()));
+        let mut at = group.first().unwrap_or(0);
+        let end = group.last().map_or(0, |last| last.index + 1);
+        let holes = group.holes();
+        for hole in holes.iter().cloned().chain([end..end]) {
+            if at < hole.start {
+                for entry in group.read(at..hole.start, usize::MAX).unwrap() {
+                    check(&entry, number);
+                    entries.insert(entry.id.index, (entry.id, entry.payload.len()));
+                }
+            }
+            for index in hole.clone() {
+                let id = group.id(index).expect("it exists");
+                assert!(group.read(index..index + 1, 0).is_err(), "read from a hole");
+                entries.insert(index, (id, size(id)));
+            }
+            at = hole.end;
         }
         let (purged, vote) = (group.purged(), group.vote());
         let state = Self {
@@ -91,7 +104,7 @@ impl State {
             state.last(),
             "the group's end against what can be read"
         );
-        Ok(state)
+        state
     }
 }
 
@@ -144,6 +157,22 @@ impl History {
     pub(super) fn push(&mut self, group: usize, change: Change) {
         self.now[group].apply(&change);
         self.changes.push((group, change));
+    }
+
+    /// The payload's size of an entry that was handed in.
+    pub(super) fn size(&self, group: usize, id: LogId) -> usize {
+        let changed = self.changes.iter().rev().find_map(|change| match change {
+            (of, Change::Entry(found, size)) if (*of, *found) == (group, id) => Some(*size),
+            _ => None,
+        });
+        let before = || {
+            self.base[group]
+                .entries
+                .get(&id.index)
+                .filter(|(found, _)| *found == id)
+        };
+        let size = changed.or_else(|| before().map(|(_, size)| *size));
+        size.unwrap_or_else(|| panic!("group {group}: {id:?} was never handed in"))
     }
 
     /// How many changes were handed in.

@@ -82,12 +82,10 @@ impl Run {
             let options = self.options();
             match Log::open_on(Arc::new(self.disk.clone()), options, &owner()) {
                 Ok(log) => {
+                    let unread = self.disk.has_failed();
                     self.disk.set_faults(Faults::default(), 0);
-                    if let Some(groups) = self.found(&log) {
-                        return (log, groups);
-                    }
-                    // The power went off between opening and looking.
-                    drop(log.close());
+                    let groups = self.found(&log, unread);
+                    return (log, groups);
                 }
                 // A crash is no damage: only the disk's own failures are a reason to refuse.
                 Err(Error::Io { .. }) if self.disk.has_failed() => {}
@@ -118,20 +116,20 @@ impl Run {
         }
     }
 
-    /// Takes over what a log that has just been opened says, if it is possible.
-    fn found(&mut self, log: &Log) -> Option<Vec<GroupLog>> {
+    /// Takes over what a log that has just been opened says, if it is possible. Where the disk failed meanwhile
+    /// entries may be unreadable, but none may be missing.
+    fn found(&mut self, log: &Log, unread: bool) -> Vec<GroupLog> {
         let groups: Vec<_> = (0..GROUPS)
             .map(|n| log.group(GroupId(u32::try_from(n).unwrap())))
             .collect();
-        let found: io::Result<Vec<_>> = groups
-            .iter()
-            .enumerate()
-            .map(|(n, group)| State::of(group, n))
+        let states = groups.iter().enumerate();
+        let found: Vec<_> = states
+            .map(|(n, group)| {
+                let holes = group.holes();
+                assert!(unread || holes.is_empty(), "group {n}: holes {holes:?}");
+                State::of(group, n, |id| self.history.size(n, id))
+            })
             .collect();
-        let found = match found {
-            Err(_) if self.disk.is_off() => return None,
-            found => found.unwrap(),
-        };
         let committed: Vec<_> = groups.iter().map(GroupLog::committed).collect();
         self.history.check(&found, &committed);
         self.history = History::new(found, committed);
@@ -140,7 +138,7 @@ impl Run {
             .directory_id
             .get_or_insert_with(|| directory_id.clone());
         assert_eq!(*before, directory_id, "another directory");
-        Some(groups)
+        groups
     }
 
     /// Changes of all kinds until the log fails or enough was done.
@@ -306,7 +304,7 @@ impl Run {
                 assert_eq!(found, expected, "group {n}: entries {start} to {end}");
             }
             Err(error) => assert!(
-                self.disk.has_failed(),
+                self.disk.has_failed() || !group.holes().is_empty(),
                 "group {n}: entries {start} to {end}: {error}"
             ),
         }
