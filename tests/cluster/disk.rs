@@ -1,9 +1,12 @@
 //! A node's disk: in memory, cut off from power at any moment, with rules that fail, block or note what is done to it.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use firth::channel::{Archive, MemoryArchive};
 use firth::storage::{MemoryDisk, Op};
+use firth::types::GroupId;
 use tokio::sync::watch;
 
 /// What a rule does to the operation that it waited for.
@@ -41,29 +44,49 @@ struct Gate {
     changed: Condvar,
 }
 
+/// The groups' archives, which lie beside the log. Clones are the same.
+#[derive(Clone, Default)]
+pub(crate) struct Archives(Arc<Mutex<BTreeMap<GroupId, Arc<MemoryArchive>>>>);
+
+impl Archives {
+    pub(crate) fn of(&self, group: GroupId) -> Arc<dyn Archive> {
+        let mut archives = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        archives.entry(group).or_default().clone()
+    }
+}
+
 /// One power-on of a disk. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct TestDisk {
     memory: MemoryDisk,
+    archives: Archives,
     gate: Arc<Gate>,
 }
 
 impl Default for TestDisk {
     fn default() -> Self {
-        Self::on(MemoryDisk::default())
+        Self::on(MemoryDisk::default(), Archives::default())
     }
 }
 
 impl TestDisk {
-    fn on(memory: MemoryDisk) -> Self {
+    fn on(memory: MemoryDisk, archives: Archives) -> Self {
         let gate = Arc::new(Gate::default());
         let on_op = gate.clone();
         memory.on_op(move |op, name| on_op.pass(op, name));
-        Self { memory, gate }
+        Self {
+            memory,
+            archives,
+            gate,
+        }
     }
 
     pub(crate) fn memory(&self) -> &MemoryDisk {
         &self.memory
+    }
+
+    pub(crate) fn archives(&self) -> Archives {
+        self.archives.clone()
     }
 
     /// Does `then` from the `nth` matching operation on (1 is the next one). The receiver turns true when that one
@@ -96,10 +119,14 @@ impl TestDisk {
         self.gate.changed.notify_all();
     }
 
-    /// The disk as it is found when power comes back; `keep` decides for each unsynced sector. Call it when nobody can
-    /// acknowledge anything on the strength of this one any more.
-    pub(crate) fn after_power_cut(&self, keep: impl FnMut() -> bool) -> Self {
-        Self::on(self.memory.power_cut(keep))
+    /// The disk as it is found when power comes back; `keep` decides for each unsynced sector, and whether the archives
+    /// are found again. Call it when nobody can acknowledge anything on the strength of this one any more.
+    pub(crate) fn after_power_cut(&self, mut keep: impl FnMut() -> bool) -> Self {
+        let archives = match keep() {
+            true => self.archives(),
+            false => Archives::default(),
+        };
+        Self::on(self.memory.power_cut(keep), archives)
     }
 }
 

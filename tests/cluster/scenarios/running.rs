@@ -45,9 +45,7 @@ async fn all_nodes_lose_power_at_once_under_load() {
     for _ in 0..3 {
         load.progress(SOME).await;
         futures_util::future::join_all(net.ids().into_iter().map(|id| net.kill(id))).await;
-        for id in net.ids() {
-            net.restart(id).await;
-        }
+        net.restart_all(&net.ids()).await;
         net.wait_serving().await;
     }
     load.progress(SOME).await;
