@@ -2,9 +2,10 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
-use firth::channel::{Archive, MemoryArchive};
+use firth::channel::{Archive, Archived, ChannelId, MemoryArchive, Place};
 use firth::storage::{MemoryDisk, Op};
 use firth::types::GroupId;
 use tokio::sync::watch;
@@ -46,12 +47,78 @@ struct Gate {
 
 /// The groups' archives, which lie beside the log. Clones are the same.
 #[derive(Clone, Default)]
-pub(crate) struct Archives(Arc<Mutex<BTreeMap<GroupId, Arc<MemoryArchive>>>>);
+pub(crate) struct Archives(Arc<Mutex<ByGroup>>);
+
+type ByGroup = BTreeMap<GroupId, Arc<TestArchive>>;
 
 impl Archives {
     pub(crate) fn of(&self, group: GroupId) -> Arc<dyn Archive> {
-        let mut archives = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        archives.entry(group).or_default().clone()
+        self.lock().entry(group).or_default().clone()
+    }
+
+    /// Whether no idempotency key is found in them any more, though it is there: what a damaged index does.
+    pub(crate) fn forget_keys(&self, forgetful: bool) {
+        for archive in self.lock().values() {
+            archive.forgetful.store(forgetful, Ordering::Relaxed);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ByGroup> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug, Default)]
+struct TestArchive {
+    memory: MemoryArchive,
+    forgetful: AtomicBool,
+}
+
+impl Archive for TestArchive {
+    fn put(&self, channel_entries: &[(ChannelId, Archived)]) -> io::Result<()> {
+        self.memory.put(channel_entries)
+    }
+
+    fn find(&self, channel: ChannelId, key: &[u8; 16]) -> io::Result<Option<Place>> {
+        match self.forgetful.load(Ordering::Relaxed) {
+            true => Ok(None),
+            false => self.memory.find(channel, key),
+        }
+    }
+
+    fn get(&self, channel: ChannelId, first: Place) -> io::Result<Option<Archived>> {
+        self.memory.get(channel, first)
+    }
+
+    fn range(
+        &self,
+        channel: ChannelId,
+        from: Place,
+        to: Place,
+        newest_first: bool,
+        limit: usize,
+    ) -> io::Result<Vec<Archived>> {
+        self.memory.range(channel, from, to, newest_first, limit)
+    }
+
+    fn forget(&self, channel: ChannelId, through: Place) {
+        self.memory.forget(channel, through);
+    }
+
+    fn mark(&self) -> u64 {
+        self.memory.mark()
+    }
+
+    fn seal(&self) -> io::Result<()> {
+        self.memory.seal()
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.memory.settle()
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        self.memory.clear()
     }
 }
 
