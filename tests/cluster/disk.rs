@@ -1,9 +1,13 @@
 //! A node's disk: in memory, cut off from power at any moment, with rules that fail, block or note what is done to it.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use firth::channel::{Archive, Archived, ChannelId, MemoryArchive, Place};
 use firth::storage::{MemoryDisk, Op};
+use firth::types::GroupId;
 use tokio::sync::watch;
 
 /// What a rule does to the operation that it waited for.
@@ -41,29 +45,115 @@ struct Gate {
     changed: Condvar,
 }
 
+/// The groups' archives, which lie beside the log. Clones are the same.
+#[derive(Clone, Default)]
+pub(crate) struct Archives(Arc<Mutex<ByGroup>>);
+
+type ByGroup = BTreeMap<GroupId, Arc<TestArchive>>;
+
+impl Archives {
+    pub(crate) fn of(&self, group: GroupId) -> Arc<dyn Archive> {
+        self.lock().entry(group).or_default().clone()
+    }
+
+    /// Whether no idempotency key is found in them any more, though it is there: what a damaged index does.
+    pub(crate) fn forget_keys(&self, forgetful: bool) {
+        for archive in self.lock().values() {
+            archive.forgetful.store(forgetful, Ordering::Relaxed);
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, ByGroup> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[derive(Debug, Default)]
+struct TestArchive {
+    memory: MemoryArchive,
+    forgetful: AtomicBool,
+}
+
+impl Archive for TestArchive {
+    fn put(&self, channel_entries: &[(ChannelId, Archived)]) -> io::Result<()> {
+        self.memory.put(channel_entries)
+    }
+
+    fn find(&self, channel: ChannelId, key: &[u8; 16]) -> io::Result<Option<Place>> {
+        match self.forgetful.load(Ordering::Relaxed) {
+            true => Ok(None),
+            false => self.memory.find(channel, key),
+        }
+    }
+
+    fn get(&self, channel: ChannelId, first: Place) -> io::Result<Option<Archived>> {
+        self.memory.get(channel, first)
+    }
+
+    fn range(
+        &self,
+        channel: ChannelId,
+        from: Place,
+        to: Place,
+        newest_first: bool,
+        limit: usize,
+    ) -> io::Result<Vec<Archived>> {
+        self.memory.range(channel, from, to, newest_first, limit)
+    }
+
+    fn forget(&self, channel: ChannelId, through: Place) {
+        self.memory.forget(channel, through);
+    }
+
+    fn mark(&self) -> u64 {
+        self.memory.mark()
+    }
+
+    fn seal(&self) -> io::Result<()> {
+        self.memory.seal()
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.memory.settle()
+    }
+
+    fn clear(&self) -> io::Result<()> {
+        self.memory.clear()
+    }
+}
+
 /// One power-on of a disk. Clones are the same.
 #[derive(Clone)]
 pub(crate) struct TestDisk {
     memory: MemoryDisk,
+    archives: Archives,
     gate: Arc<Gate>,
 }
 
 impl Default for TestDisk {
     fn default() -> Self {
-        Self::on(MemoryDisk::default())
+        Self::on(MemoryDisk::default(), Archives::default())
     }
 }
 
 impl TestDisk {
-    fn on(memory: MemoryDisk) -> Self {
+    fn on(memory: MemoryDisk, archives: Archives) -> Self {
         let gate = Arc::new(Gate::default());
         let on_op = gate.clone();
         memory.on_op(move |op, name| on_op.pass(op, name));
-        Self { memory, gate }
+        Self {
+            memory,
+            archives,
+            gate,
+        }
     }
 
     pub(crate) fn memory(&self) -> &MemoryDisk {
         &self.memory
+    }
+
+    pub(crate) fn archives(&self) -> Archives {
+        self.archives.clone()
     }
 
     /// Does `then` from the `nth` matching operation on (1 is the next one). The receiver turns true when that one
@@ -96,10 +186,14 @@ impl TestDisk {
         self.gate.changed.notify_all();
     }
 
-    /// The disk as it is found when power comes back; `keep` decides for each unsynced sector. Call it when nobody can
-    /// acknowledge anything on the strength of this one any more.
-    pub(crate) fn after_power_cut(&self, keep: impl FnMut() -> bool) -> Self {
-        Self::on(self.memory.power_cut(keep))
+    /// The disk as it is found when power comes back; `keep` decides for each unsynced sector, and whether the archives
+    /// are found again. Call it when nobody can acknowledge anything on the strength of this one any more.
+    pub(crate) fn after_power_cut(&self, mut keep: impl FnMut() -> bool) -> Self {
+        let archives = match keep() {
+            true => self.archives(),
+            false => Archives::default(),
+        };
+        Self::on(self.memory.power_cut(keep), archives)
     }
 }
 

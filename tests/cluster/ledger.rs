@@ -3,13 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use firth::types::Serial;
 use tokio::task::JoinHandle;
 
-use crate::net::{Net, RETENTION, SOON, Stored, outcome, until};
+use crate::net::{LONG, Net, RETENTION, SOON, Stored, outcome, until};
 
 /// What a load is made of.
 #[derive(Clone, Debug)]
@@ -37,7 +37,17 @@ impl Default for Mix {
             burst: 8,
             pause: Duration::from_millis(30),
             body_max: 2000,
+            retention: LONG,
+        }
+    }
+}
+
+impl Mix {
+    /// One of which nothing is kept for long: the log can go.
+    pub(crate) fn passing() -> Self {
+        Self {
             retention: RETENTION,
+            ..Self::default()
         }
     }
 }
@@ -59,11 +69,13 @@ struct Publisher {
     channel: String,
     name: String,
     at: usize,
-    sent: Vec<String>,
+    /// Each with the cluster's time before it was first handed in: its record is no older.
+    sent: Vec<(String, u64)>,
     /// In the order in which they must be found. What was sent behind one that had to be repeated is left out: it may
     /// have been stored before that.
     ordered: Vec<String>,
-    acked: BTreeMap<String, (Serial, Instant)>,
+    /// By place in `sent`.
+    acked: BTreeMap<usize, Serial>,
 }
 
 /// The books, closed.
@@ -78,6 +90,10 @@ pub(crate) fn body(id: &str, max: usize) -> Bytes {
         sum.wrapping_mul(31).wrapping_add(usize::from(byte))
     });
     id.bytes().cycle().take(20 + sum % max).collect()
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 impl Load {
@@ -154,8 +170,9 @@ impl Publisher {
         let mut submitted = Vec::new();
         for n in first..first + self.mix.burst {
             let id = format!("{}-{n}", self.name);
+            let sent_ms = self.net.now_ms();
             submitted.push(self.submit(node, &id));
-            self.sent.push(id);
+            self.sent.push((id, sent_ms));
         }
         let mut again = Vec::new();
         for (n, submitted) in (first..).zip(submitted) {
@@ -174,7 +191,7 @@ impl Publisher {
     /// Publishes it through one node after the other until one acknowledges.
     async fn repeat(&mut self, n: usize, in_order: bool) {
         while !self.stopped.load(Ordering::Relaxed) {
-            let submitted = self.submit(self.node(), &self.sent[n]);
+            let submitted = self.submit(self.node(), &self.sent[n].0);
             if let Some(serial) = outcome(submitted).await.serial() {
                 return self.on_ack(n, serial, in_order);
             }
@@ -190,10 +207,9 @@ impl Publisher {
     }
 
     fn on_ack(&mut self, n: usize, serial: Serial, in_order: bool) {
-        let id = &self.sent[n];
-        self.acked.insert(id.clone(), (serial, Instant::now()));
+        self.acked.insert(n, serial);
         if in_order {
-            self.ordered.push(id.clone());
+            self.ordered.push(self.sent[n].0.clone());
         }
         self.count.fetch_add(1, Ordering::Relaxed);
     }
@@ -227,14 +243,15 @@ impl Ledger {
         for channel in channels {
             let mut first: Option<(u64, Vec<Stored>)> = None;
             for live in net.living() {
-                let asked = Instant::now();
                 let stored = net.history(live.id, channel).await;
-                self.check(live.id, channel, &stored, asked);
+                let now_ms = net.now_ms();
+                self.check(live.id, channel, &stored, now_ms);
                 let (other, known) = first.get_or_insert_with(|| (live.id, stored.clone()));
                 // Retention may have taken the oldest meanwhile.
-                let kept = known.len().saturating_sub(stored.len());
+                let gone = known.len().saturating_sub(stored.len());
+                let young = known[..gone].iter().find(|at| self.is_kept(channel, &at.id, now_ms));
                 assert!(
-                    known[kept..] == stored && (kept == 0 || self.may_expire()),
+                    known[gone..] == stored && young.is_none(),
                     "{channel}: nodes {other} and {} show different histories",
                     live.id
                 );
@@ -242,17 +259,14 @@ impl Ledger {
         }
     }
 
-    fn may_expire(&self) -> bool {
-        let acks = self.publishers.iter().flat_map(|each| each.acked.values());
-        acks.map(|(_, at)| at.elapsed()).max() >= Some(self.kept_surely())
+    /// Whether the record is surely retained at this time.
+    fn is_kept(&self, channel: &str, id: &str, now_ms: u64) -> bool {
+        let mut sent = self.of(channel).flat_map(|publisher| &publisher.sent);
+        let sent = sent.find(|(sent, _)| sent == id);
+        sent.is_some_and(|(_, sent_ms)| now_ms.saturating_sub(*sent_ms) < millis(self.retention))
     }
 
-    /// A little is left for the difference between an acknowledgement and its entry's stamp.
-    fn kept_surely(&self) -> Duration {
-        self.retention.saturating_sub(Duration::from_secs(15))
-    }
-
-    fn check(&self, node: u64, channel: &str, stored: &[Stored], asked: Instant) {
+    fn check(&self, node: u64, channel: &str, stored: &[Stored], now_ms: u64) {
         let at = format!("{channel} on node {node}");
         let ascend = stored.windows(2).find(|two| two[0].serial >= two[1].serial);
         assert!(ascend.is_none(), "{at}: {ascend:?} do not ascend");
@@ -263,7 +277,7 @@ impl Ledger {
         }
         let sent: BTreeSet<&str> = self
             .of(channel)
-            .flat_map(|publisher| publisher.sent.iter().map(String::as_str))
+            .flat_map(|publisher| publisher.sent.iter().map(|(id, _)| id.as_str()))
             .collect();
         for record in stored {
             assert!(
@@ -273,7 +287,7 @@ impl Ledger {
             );
         }
         for publisher in self.of(channel) {
-            publisher.check(&at, stored, &places, asked, self.kept_surely());
+            publisher.check(&at, stored, &places, now_ms);
         }
     }
 }
@@ -284,12 +298,12 @@ impl Publisher {
         at: &str,
         stored: &[Stored],
         places: &BTreeMap<&str, usize>,
-        asked: Instant,
-        kept: Duration,
+        now_ms: u64,
     ) {
-        for (id, (serial, acked)) in &self.acked {
+        for (n, serial) in &self.acked {
+            let (id, sent_ms) = &self.sent[*n];
             let Some(place) = places.get(id.as_str()) else {
-                let old = asked.saturating_duration_since(*acked) >= kept;
+                let old = now_ms.saturating_sub(*sent_ms) >= millis(self.mix.retention);
                 assert!(
                     old,
                     "{at}: {id} was acknowledged as {serial} and is not there"

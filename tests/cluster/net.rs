@@ -4,11 +4,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use firth::channel;
-use firth::cluster::{Cluster, Submitted};
+use firth::cluster::{Clock, Cluster, Submitted};
 use firth::storage::Log;
 use firth::transport::{Transport, certs};
 use firth::types::{ChannelKey, ChannelName, GroupId, NodeId, Range, Serial, ShardId};
@@ -16,6 +17,7 @@ use firth::wire::entry;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
 use crate::disk::TestDisk;
 use crate::node::{Process, Recorder, SHARDS, certify};
@@ -23,6 +25,12 @@ use crate::node::{Process, Recorder, SHARDS, certify};
 /// Longer than anything takes on a machine that compiles meanwhile.
 pub(crate) const SOON: Duration = Duration::from_secs(90);
 pub(crate) const RETENTION: Duration = channel::RETENTION_MIN;
+/// For what leaves a long trail.
+pub(crate) const LONG: Duration = Duration::from_secs(24 * 3600);
+/// How many times as fast as the world's the cluster's time runs: the shortest retention takes three seconds.
+const HASTE: u32 = 40;
+/// Milliseconds since 1970 at which it begins.
+const EPOCH_MS: u64 = 1_750_000_000_000;
 const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// Polls until `look` finds something. Panics with `what` after `within`.
@@ -112,10 +120,10 @@ impl Live {
         self.handle.spawn(work).await.ok()
     }
 
-    /// A shard's state as bytes and the log index that it is at.
-    pub(crate) fn state(&self, shard: ShardId) -> (u64, Bytes) {
+    /// The log index that a shard's state is at, its digest, and its outline.
+    pub(crate) fn state(&self, shard: ShardId) -> (u64, u64, Bytes) {
         let state = self.cluster.state(shard);
-        (state.applied(), state.encode())
+        (state.applied(), state.digest(), state.outline())
     }
 
     /// The shard's newest index that is in no log of this node any more.
@@ -140,6 +148,11 @@ pub(crate) struct Net {
     slots: Vec<Slot>,
     random: Mutex<Random>,
     cuts: Mutex<BTreeSet<(u64, u64)>>,
+    began: Instant,
+    /// Comparisons of states that agreed, and that did not, on processes that are gone.
+    compared: (AtomicU64, AtomicU64),
+    /// Of those that did not.
+    forgiven: AtomicU64,
     _homes: TempDir,
 }
 
@@ -186,14 +199,19 @@ impl Net {
             slots: (1..=n).map(slot).collect(),
             random: Mutex::new(Random::new(seed)),
             cuts: Mutex::default(),
+            began: Instant::now(),
+            compared: Default::default(),
+            forgiven: AtomicU64::default(),
             _homes: homes,
         });
         for id in net.ids() {
             net.boot(id).await.unwrap();
         }
         net.meet();
-        for id in net.ids() {
-            net.join(id).await.unwrap();
+        // None of them begins before all are there.
+        let joining: Vec<_> = net.ids().into_iter().map(|id| net.join(id)).collect();
+        for joined in joining {
+            joined.await.unwrap().unwrap();
         }
         net.wait_serving().await;
         net
@@ -214,7 +232,7 @@ impl Net {
         let process = process.as_ref()?;
         Some(Live {
             id,
-            cluster: process.cluster.clone()?,
+            cluster: process.cluster.get()?.clone(),
             log: process.log.clone(),
             failure: process.failure.clone(),
             transport: process.transport.clone(),
@@ -242,13 +260,24 @@ impl Net {
         Ok(())
     }
 
-    async fn join(&self, id: u64) -> anyhow::Result<()> {
-        let slot = self.slot(id);
-        let process = lock(&slot.process).take();
-        let mut process = process.expect("it was booted");
-        let joined = process.join(&self.ids()).await;
-        *lock(&slot.process) = Some(process);
-        joined
+    fn join(&self, id: u64) -> JoinHandle<anyhow::Result<()>> {
+        let process = lock(&self.slot(id).process);
+        let process = process.as_ref().expect("it was booted");
+        process.join(&self.ids(), self.clock())
+    }
+
+    /// The clock of all nodes: theirs do not differ.
+    fn clock(&self) -> Clock {
+        let began = self.began;
+        Clock::new(move || {
+            let passed = (began.elapsed() * HASTE).as_millis();
+            EPOCH_MS + u64::try_from(passed).expect("it runs for hours")
+        })
+    }
+
+    /// The cluster's time in milliseconds since 1970.
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.clock().now_ms()
     }
 
     /// Tells everybody where everybody is, but for cuts. An address that stays the same changes nothing.
@@ -285,6 +314,7 @@ impl Net {
         let slot = self.slot(id);
         let disk = self.disk(id);
         disk.cut();
+        self.note_comparisons(id);
         let process = lock(&slot.process).take();
         if let Some(process) = process {
             let gone = tokio::task::spawn_blocking(|| process.kill());
@@ -300,29 +330,83 @@ impl Net {
 
     /// Ends the node as an operator would, handing over what it leads. Its disk stays as it is.
     pub(crate) async fn stop(&self, id: u64) {
+        self.note_comparisons(id);
         let process = lock(&self.slot(id).process).take();
         let process = process.expect("a scenario stops nodes that live");
         let stopped = tokio::time::timeout(SOON, process.stop()).await;
         stopped.expect("a node stops in time");
     }
 
-    /// Starts a killed or stopped node again; returns before it serves.
+    /// Starts a killed or stopped node again; returns when it takes part, before it serves.
     ///
     /// # Errors
     /// What keeps it from starting: it is as if it had not been called.
     pub(crate) async fn try_restart(&self, id: u64) -> anyhow::Result<()> {
-        self.boot(id).await?;
-        self.meet();
-        let joined = self.join(id).await;
+        let joining = self.begin_restart(id).await?;
+        let mut failure = lock(&self.slot(id).process)
+            .as_ref()
+            .expect("it was booted")
+            .failure
+            .clone();
+        let joined = tokio::select! {
+            joined = joining => joined?,
+            // It would end now.
+            Ok(failed) = failure.wait_for(Option::is_some) => Err(anyhow::anyhow!("{failed:?}")),
+            () = tokio::time::sleep(SOON) => {
+                panic!("node {id} does not take part: {}", self.describe())
+            }
+        };
         if joined.is_err() {
             self.kill(id).await;
         }
         joined
     }
 
+    /// Starts a killed or stopped node again. The task ends when it takes part: for that it may need others.
+    async fn begin_restart(&self, id: u64) -> anyhow::Result<JoinHandle<anyhow::Result<()>>> {
+        self.boot(id).await?;
+        self.meet();
+        Ok(self.join(id))
+    }
+
     pub(crate) async fn restart(&self, id: u64) {
         let started = self.try_restart(id).await;
         started.unwrap_or_else(|err| panic!("node {id} does not start: {err:#}"));
+    }
+
+    /// Starts nodes again that need one another for it.
+    pub(crate) async fn restart_all(&self, ids: &[u64]) {
+        let mut joining = Vec::new();
+        for id in ids {
+            joining.push((*id, self.begin_restart(*id).await.unwrap()));
+        }
+        for (id, joined) in joining {
+            let joined = tokio::time::timeout(SOON, joined).await;
+            let joined = joined.unwrap_or_else(|_| {
+                panic!("node {id} does not take part: {}", self.describe());
+            });
+            joined.unwrap().unwrap_or_else(|err| panic!("node {id} does not start: {err:#}"));
+        }
+    }
+
+    /// Starts a node whose disk is empty: it takes part only when the others let it.
+    pub(crate) async fn restart_wiped(&self, id: u64) {
+        drop(self.begin_restart(id).await.unwrap());
+    }
+
+    /// Has the cluster take a node back that lost its data, and waits until it votes everywhere.
+    pub(crate) async fn readmit(&self, through: u64, node: u64) {
+        let live = self.live(through).expect("a scenario asks nodes that live");
+        let (cluster, id) = (live.cluster.clone(), NodeId(node));
+        let readmitted = live.run(async move { cluster.readmit(id).await }).await;
+        readmitted.expect("the node lives").unwrap();
+        let what = format!("node {node} to vote again");
+        until(&what, SOON, async || {
+            let standing = live.cluster.standing(id).expect("it is configured");
+            let done = !standing.readmitting && standing.votes_in == standing.groups;
+            (done && self.live(node).is_some()).then_some(())
+        })
+        .await;
     }
 
     /// Kills the node and gives it an empty disk under its old identity.
@@ -420,30 +504,20 @@ impl Net {
         live.cluster.submit(shard, publish).ok()
     }
 
-    /// Publishes one message with the shortest retention, and waits for what becomes of it.
-    pub(crate) async fn publish(&self, node: u64, channel: &str, id: &str, body: Bytes) -> Outcome {
-        outcome(self.submit(node, channel, id, body, RETENTION)).await
-    }
-
     /// The channel as the node shows it, oldest first, with everything acknowledged before the call.
     pub(crate) async fn history(&self, node: u64, channel: &str) -> Vec<Stored> {
         let live = self.live(node).expect("a scenario asks nodes that live");
         let (cluster, key) = (live.cluster.clone(), key(channel));
         let shard = cluster.shard_of(&key);
         let read = live.run(async move {
-            cluster.catch_up(shard, SOON).await?;
-            let all = Range {
-                newest_first: false,
-                ..Range::ALL
-            };
-            let mut refs = cluster.state(shard).range(&key, &all, usize::MAX);
-            let mut records = Vec::with_capacity(refs.len());
-            while !refs.is_empty() {
-                let page = cluster.read_records(shard, refs.clone()).await?;
-                refs.drain(..page.len());
-                records.extend(page);
+            let deadline = Instant::now() + SOON;
+            loop {
+                // Records go, and move, between the look at the index and the one at the log.
+                match read_channel(&cluster, shard, &key).await {
+                    Err(_) if Instant::now() < deadline => tokio::time::sleep(LOOK_AGAIN).await,
+                    read => return read,
+                }
             }
-            anyhow::Ok(records)
         });
         let records = read.await.expect("the node lives");
         let records = records.unwrap_or_else(|err| panic!("{channel} on node {node}: {err:#}"));
@@ -459,7 +533,7 @@ impl Net {
     /// means the same bytes.
     pub(crate) async fn agree(&self) {
         for shard in shards() {
-            let mut seen: BTreeMap<u64, (u64, Bytes)> = BTreeMap::new();
+            let mut seen: BTreeMap<u64, (u64, (u64, Bytes))> = BTreeMap::new();
             let what = format!("one state of shard {shard}");
             until(&what, SOON, async || {
                 let states: Vec<_> = self
@@ -467,15 +541,16 @@ impl Net {
                     .iter()
                     .map(|live| (live.id, live.state(shard)))
                     .collect();
-                for (id, (applied, bytes)) in &states {
-                    let first = seen.entry(*applied).or_insert_with(|| (*id, bytes.clone()));
+                for (id, (applied, digest, outline)) in &states {
+                    let shown = (*digest, outline.clone());
+                    let first = seen.entry(*applied).or_insert_with(|| (*id, shown.clone()));
                     assert!(
-                        first.1 == *bytes,
+                        first.1 == shown,
                         "at {applied} of shard {shard} nodes {} and {id} differ",
                         first.0
                     );
                 }
-                let mut places = states.iter().map(|(_, (applied, _))| *applied);
+                let mut places = states.iter().map(|(_, (applied, ..))| *applied);
                 let place = places.next()?;
                 places.all(|other| other == place).then_some(())
             })
@@ -483,14 +558,42 @@ impl Net {
         }
     }
 
-    /// No node ever heard of a record twice or out of order. The number of records whose predecessor was not heard of.
-    pub(crate) fn check_events(&self) -> usize {
+    /// Comparisons of states on all processes that there were: how many agreed, and how many did not.
+    pub(crate) fn comparisons(&self) -> (u64, u64) {
+        let (agreed, differed) = &self.compared;
+        let gone = (agreed.load(Ordering::Relaxed), differed.load(Ordering::Relaxed));
+        let living = self.living().into_iter().map(|live| live.cluster.comparisons());
+        living.fold(gone, |sum, more| (sum.0 + more.0, sum.1 + more.1))
+    }
+
+    /// A scenario meant what differed until now.
+    pub(crate) fn forgive_differences(&self) {
+        let (_, differed) = self.comparisons();
+        self.forgiven.store(differed, Ordering::Relaxed);
+    }
+
+    /// A number that the seed decides.
+    pub(crate) fn below(&self, end: u64) -> u64 {
+        lock(&self.random).below(end)
+    }
+
+    fn note_comparisons(&self, id: u64) {
+        let Some(live) = self.live(id) else { return };
+        let (agreed, differed) = live.cluster.comparisons();
+        self.compared.0.fetch_add(agreed, Ordering::Relaxed);
+        self.compared.1.fetch_add(differed, Ordering::Relaxed);
+    }
+
+    /// No node ever found its state to differ, or heard of a record twice or out of order. The number of records whose predecessor was not heard of.
+    pub(crate) fn check_nodes(&self) -> usize {
         let recorders = self.slots.iter().flat_map(|slot| {
             let recorders = lock(&slot.recorders).clone();
             recorders
                 .into_iter()
                 .map(move |recorder| (slot.id, recorder))
         });
+        let (agreed, differed) = self.comparisons();
+        assert_eq!(differed, self.forgiven.load(Ordering::Relaxed), "states differed on some node; {agreed} times they agreed");
         let mut gaps = 0;
         for (id, recorder) in recorders {
             let complaints = recorder.complaints();
@@ -516,6 +619,26 @@ impl Net {
         let reachable = reachable.into_iter().flatten();
         reachable.map(|node| node.0).collect()
     }
+}
+
+async fn read_channel(
+    cluster: &Cluster,
+    shard: ShardId,
+    key: &ChannelKey,
+) -> anyhow::Result<Vec<firth::cluster::StoredRecord>> {
+    cluster.catch_up(shard, SOON).await?;
+    let all = Range {
+        newest_first: false,
+        ..Range::ALL
+    };
+    let mut refs = cluster.state(shard).range(key, &all, usize::MAX)?;
+    let mut records = Vec::with_capacity(refs.len());
+    while !refs.is_empty() {
+        let page = cluster.read_records(shard, refs.clone()).await?;
+        refs.drain(..page.len());
+        records.extend(page);
+    }
+    Ok(records)
 }
 
 /// What becomes of a publish. `Unknown` also for one that was never taken.

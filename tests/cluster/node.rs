@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use firth::channel::Event;
-use firth::cluster::{self, Cluster, EventSink, Peer};
+use firth::cluster::{self, Clock, Cluster, EventSink, Peer};
 use firth::raft::{self, Host};
 use firth::storage::{self, Log};
 use firth::tasks::Tasks;
@@ -16,14 +16,22 @@ use firth::types::{ChannelKey, NodeId, Serial, ShardId};
 use firth::wire::control;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 
-use crate::disk::TestDisk;
+use crate::disk::{Archives, TestDisk};
 
 pub(crate) const CLUSTER: &str = "test";
 pub(crate) const SHARDS: u32 = 2;
 pub(crate) const SEGMENT_BYTES: u64 = 64 << 10;
 /// Small, so that reads and replication go to the disk.
 const TAIL_BYTES: usize = 32 << 10;
+/// All of them are read in about a second.
+const SCRUB_BYTES_PER_SECOND: u64 = 1 << 20;
+/// Small, so that checkpoints, archived index entries and moved records are everyday matters.
+const CHECKPOINT_BYTES: u64 = 64 << 10;
+const SLACK_BYTES: u64 = 64 << 10;
+const RECORDS_IN_MEMORY: usize = 100;
+const CHECK_PERIOD: Duration = Duration::from_secs(1);
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Hears what a node applies, and keeps what cannot be right.
@@ -33,6 +41,8 @@ pub(crate) struct Recorder(Mutex<Heard>);
 #[derive(Debug, Default)]
 struct Heard {
     newest: BTreeMap<ChannelKey, Serial>,
+    /// Where each shard's state was last put in the place of another.
+    replaced: BTreeMap<ShardId, Serial>,
     complaints: Vec<String>,
     /// Records whose predecessor this node never heard of: what a snapshot brought.
     gaps: usize,
@@ -41,19 +51,25 @@ struct Heard {
 impl EventSink for Recorder {
     fn advanced(&self, shard: ShardId, events: Vec<Event>) {
         let mut heard = self.heard();
+        let replaced = heard.replaced.get(&shard).copied();
         for event in events {
             let serial = event.record.serial;
-            let before = heard.newest.insert(event.key.clone(), serial);
+            let newest = heard.newest.insert(event.key.clone(), serial);
+            let before = newest.max(replaced);
             if before.is_some_and(|before| before >= serial) {
                 let name = event.key.name.as_str();
                 heard.complaints.push(format!(
                     "shard {shard}: {name} came to {serial} after {before:?}"
                 ));
             }
-            if before.is_some() && event.record.predecessor != before {
+            if newest.is_some() && event.record.predecessor != newest {
                 heard.gaps += 1;
             }
         }
+    }
+
+    fn replaced(&self, shard: ShardId, at: Serial) {
+        self.heard().replaced.insert(shard, at);
     }
 }
 
@@ -78,7 +94,9 @@ pub(crate) struct Process {
     tasks: Tasks,
     pub(crate) transport: Transport,
     pub(crate) log: Log,
-    pub(crate) cluster: Option<Cluster>,
+    /// There once the node takes part.
+    pub(crate) cluster: Arc<OnceLock<Cluster>>,
+    archives: Archives,
     pub(crate) recorder: Arc<Recorder>,
     /// Why the node cannot go on, once it cannot.
     pub(crate) failure: watch::Receiver<Option<String>>,
@@ -98,6 +116,7 @@ impl Process {
             let options = storage::Options {
                 segment_bytes: SEGMENT_BYTES,
                 tail_bytes: TAIL_BYTES,
+                scrub_bytes_per_second: SCRUB_BYTES_PER_SECOND,
                 ..storage::Options::new("log")
             };
             let owner = storage::Owner {
@@ -137,7 +156,8 @@ impl Process {
                 tasks,
                 transport,
                 log,
-                cluster: None,
+                cluster: Arc::default(),
+                archives: disk.archives(),
                 recorder: Arc::default(),
                 failure,
             }),
@@ -148,17 +168,25 @@ impl Process {
         }
     }
 
-    /// Takes part in the cluster from now on.
-    pub(crate) async fn join(&mut self, nodes: &[u64]) -> anyhow::Result<()> {
+    /// Takes part in the cluster as soon as the others let it; the task ends then.
+    pub(crate) fn join(&self, nodes: &[u64], clock: Clock) -> JoinHandle<anyhow::Result<()>> {
         let node = self.transport.node();
-        let parts = cluster::Parts {
-            host: Host::new(node, self.log.clone(), self.transport.clone()),
-            sink: self.recorder.clone(),
-        };
-        let (options, tasks) = (options(node, nodes), self.tasks.clone());
-        let starting = async move { Cluster::start(options, parts, &tasks).await };
-        self.cluster = Some(self.handle().spawn(starting).await??);
-        Ok(())
+        let (log, transport) = (self.log.clone(), self.transport.clone());
+        let (sink, archives) = (self.recorder.clone(), self.archives.clone());
+        let (options, tasks) = (options(node, nodes, clock), self.tasks.clone());
+        let (started, (phase, _)) = (self.cluster.clone(), watch::channel(String::new()));
+        self.handle().spawn(async move {
+            let parts = cluster::Parts {
+                host: Host::new(node, log, transport, raft_options(), &tasks),
+                sink,
+                archive: Box::new(move |group| archives.of(group)),
+                phase,
+            };
+            let cluster = Cluster::start(options, parts, &tasks).await?;
+            // Set once, here.
+            let _ = started.set(cluster);
+            Ok(())
+        })
     }
 
     pub(crate) fn handle(&self) -> Handle {
@@ -173,8 +201,8 @@ impl Process {
     }
 
     /// Leaves as an operator would have it.
-    pub(crate) async fn stop(mut self) {
-        let (cluster, tasks) = (self.cluster.take(), self.tasks.clone());
+    pub(crate) async fn stop(self) {
+        let (cluster, tasks) = (self.cluster.get().cloned(), self.tasks.clone());
         let stopping = self.handle().spawn(async move {
             if let Some(cluster) = cluster {
                 cluster.stop(GRACE).await;
@@ -199,7 +227,7 @@ impl Drop for Process {
     }
 }
 
-fn options(node: NodeId, nodes: &[u64]) -> cluster::Options {
+fn options(node: NodeId, nodes: &[u64], clock: Clock) -> cluster::Options {
     let peer = |id: &u64| {
         let nowhere = || "http://127.0.0.1:1".to_owned();
         let (url, admin) = (nowhere(), nowhere());
@@ -214,14 +242,25 @@ fn options(node: NodeId, nodes: &[u64]) -> cluster::Options {
             shards: SHARDS,
             ..Default::default()
         },
-        // A follower must answer an append within a heartbeat, also one of an unoptimised build on a busy machine.
-        raft: raft::Options {
-            heartbeat: Duration::from_millis(250),
-            election_min: Duration::from_millis(500),
-            election_max: Duration::from_millis(750),
-            ..raft::Options::default()
+        upkeep: cluster::UpkeepOptions {
+            slack_bytes: SLACK_BYTES,
+            check_period: CHECK_PERIOD,
+            ..cluster::UpkeepOptions::default()
         },
+        records_in_memory_max: RECORDS_IN_MEMORY,
         waiting_bytes_max: 16 << 20,
+        clock,
+    }
+}
+
+/// A follower must answer an append within a heartbeat, also one of an unoptimised build on a busy machine.
+fn raft_options() -> raft::Options {
+    raft::Options {
+        heartbeat: Duration::from_millis(250),
+        election_min: Duration::from_millis(500),
+        election_max: Duration::from_millis(750),
+        checkpoint_bytes: CHECKPOINT_BYTES,
+        ..raft::Options::default()
     }
 }
 

@@ -2,12 +2,10 @@
 
 use firth::storage::Op;
 
+use super::SOME;
 use crate::disk::Then;
 use crate::ledger::{Load, Mix};
 use crate::net::{Net, SOON, until};
-
-/// Acknowledgements for each publisher that show that all goes on.
-const SOME: usize = 24;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn one_node_after_the_other_dies_or_stops_and_comes_back_under_load() {
@@ -31,7 +29,7 @@ async fn one_node_after_the_other_dies_or_stops_and_comes_back_under_load() {
     net.agree().await;
     ledger.verify(&net).await;
     assert_eq!(
-        net.check_events(),
+        net.check_nodes(),
         0,
         "no record was heard of without its predecessor"
     );
@@ -45,16 +43,14 @@ async fn all_nodes_lose_power_at_once_under_load() {
     for _ in 0..3 {
         load.progress(SOME).await;
         futures_util::future::join_all(net.ids().into_iter().map(|id| net.kill(id))).await;
-        for id in net.ids() {
-            net.restart(id).await;
-        }
+        net.restart_all(&net.ids()).await;
         net.wait_serving().await;
     }
     load.progress(SOME).await;
     let ledger = load.finish().await;
     net.agree().await;
     ledger.verify(&net).await;
-    net.check_events();
+    net.check_nodes();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -69,7 +65,7 @@ async fn a_single_node_loses_power_again_and_again() {
     }
     let ledger = load.finish().await;
     ledger.verify(&net).await;
-    net.check_events();
+    net.check_nodes();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -116,7 +112,7 @@ async fn a_node_that_is_cut_off_catches_up_and_nobody_waits_for_it() {
     let ledger = load.finish().await;
     net.agree().await;
     ledger.verify(&net).await;
-    assert_eq!(net.check_events(), 0);
+    assert_eq!(net.check_nodes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -146,7 +142,7 @@ async fn a_follower_whose_disk_stands_still_holds_nobody_up() {
     let ledger = load.finish().await;
     net.agree().await;
     ledger.verify(&net).await;
-    assert_eq!(net.check_events(), 0);
+    assert_eq!(net.check_nodes(), 0);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
