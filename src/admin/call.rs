@@ -105,8 +105,11 @@ pub async fn readmit(
 ) -> anyhow::Result<()> {
     post(url, &format!("/nodes/{node}/readmit")).await?;
     say(format!("node {node} is being readmitted"))?;
+    if !wait {
+        return Ok(());
+    }
     let mut told = usize::MAX;
-    while wait {
+    loop {
         let standing: Standing = serde_json::from_str(&get(url, &format!("/nodes/{node}")).await?)?;
         if standing.votes_in != told {
             told = standing.votes_in;
@@ -117,7 +120,6 @@ pub async fn readmit(
         }
         tokio::time::sleep(LOOK).await;
     }
-    Ok(())
 }
 
 /// What a node says of itself and its cluster.

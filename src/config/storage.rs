@@ -75,7 +75,6 @@ impl Storage {
     pub(super) fn archive(&self) -> archive::Options {
         archive::Options {
             cache_bytes: self.index_cache_bytes,
-            ..archive::Options::default()
         }
     }
 

@@ -49,7 +49,12 @@ impl Server {
 
     /// Committed entries from `first` to `last`, those that can be read here, some of them. Also of a group that has not
     /// started yet: it may wait itself for what others have.
-    async fn committed_entries(&self, group: GroupId, first: u64, last: u64) -> std::io::Result<Vec<Entry>> {
+    async fn committed_entries(
+        &self,
+        group: GroupId,
+        first: u64,
+        last: u64,
+    ) -> std::io::Result<Vec<Entry>> {
         let log = self.log.group(group);
         let applied = self.group(group).map_or(0, |group| group.applied());
         let committed = log.committed().map_or(0, |id| id.index).max(applied);
