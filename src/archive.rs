@@ -1,4 +1,4 @@
-//! Index entries of older retained records, outside memory: [`channel::Archive`](crate::channel::Archive) on sled.
+//! Index entries of older retained records, outside memory: [`channel::Archive`] on sled.
 //!
 //! **Why sled is sound here.** What lies here can be made again from the log, so losing it costs time and never a
 //! record. Yet a shard that believes a mark relies on what the mark says is there, so that much must hold:

@@ -106,7 +106,7 @@ impl MemoryDisk {
         locked(&self.0.injector).power_off();
     }
 
-    /// Whether the power went off, by [`Faults::power_off_after`] or [`MemoryDisk::power_off`].
+    /// Whether the power went off, by [`Faults::power_off_at`] or [`MemoryDisk::power_off`].
     #[must_use]
     pub fn is_off(&self) -> bool {
         locked(&self.0.injector).is_off()
