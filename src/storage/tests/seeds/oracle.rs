@@ -79,7 +79,7 @@ impl State {
         let mut at = group.first().unwrap_or(0);
         let end = group.last().map_or(0, |last| last.index + 1);
         let holes = group.holes();
-        for hole in holes.iter().cloned().chain([end..end]) {
+        for hole in holes.iter().cloned().chain(std::iter::once(end..end)) {
             if at < hole.start {
                 for entry in group.read(at..hole.start, usize::MAX).unwrap() {
                     check(&entry, number);
