@@ -177,3 +177,27 @@ fn newer_segments_and_frames_are_refused_by_version() {
         assert!(file.ends_with(FIRST) && *found == version, "{error}");
     }
 }
+
+#[test]
+fn remains_of_a_torn_write_do_not_pass_for_records() {
+    // Where they would follow the next append, with and without a mark before it.
+    for shift in [0, frame::HEADER] {
+        let (disk, start, end) = two_appends();
+        let mut bytes = disk.bytes(FIRST);
+        let incarnation = frame::u64_at(&bytes, 24);
+        bytes[start..].fill(0);
+        bytes.resize(end + shift, 0);
+        let stale = Frame {
+            group: 2,
+            payload: b"stale",
+            ..Frame::bare(Kind::Vote)
+        };
+        stale.encode(incarnation, start as u64, &mut bytes);
+        disk.put_bytes(FIRST, bytes);
+        append(&open(&disk).group(GroupId(1)), entries(2, 4..5));
+        let log = open(&cut(&disk));
+        assert_eq!(log.group(GroupId(2)).vote(), None, "shift {shift}");
+        let expected = [entries(1, 1..4), entries(2, 4..5)].concat();
+        assert_eq!(all(&log.group(GroupId(1))), expected);
+    }
+}

@@ -1,7 +1,7 @@
 //! Seeded runs of the log on a disk that fails, forgets and loses power, against an oracle: what was acknowledged is
 //! there, in order and with its bytes; what was never handed in is not; and a crash alone never makes a log unreadable.
 //!
-//! `FIRTH_SEEDS` is the number of seeds (2,000 unless given), `FIRTH_SEEDS_SECONDS` the time after which no new one begins (25
+//! `FIRTH_SEEDS` is the number of seeds (2,000 unless given), `FIRTH_SEEDS_SECONDS` the time after which no new one begins (14
 //! unless either is given), `FIRTH_SEEDS_FROM` the first one. `FIRTH_SEED` repeats one seed, a hundred times: the same seed
 //! always hands in the same changes and meets the same faults, operation by operation of each kind, but how the log's two
 //! threads batch and interleave is up to the scheduler. In every third run the workload waits after each change, so that only
@@ -17,7 +17,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// Fewer than this many seeds within the time bound prove too little: then the test fails.
-const SEEDS_MIN: u64 = 200;
+const SEEDS_MIN: u64 = 500;
 const WORKERS: usize = 3;
 
 fn number(name: &str) -> Option<u64> {
@@ -44,7 +44,7 @@ fn for_each_seed(test: &str, one: fn(u64)) {
     let end = from + asked.unwrap_or(2_000);
     let bound = match (number("FIRTH_SEEDS_SECONDS"), asked) {
         (None, Some(_)) => Duration::MAX,
-        (seconds, _) => Duration::from_secs(seconds.unwrap_or(25)),
+        (seconds, _) => Duration::from_secs(seconds.unwrap_or(14)),
     };
     let (next, ran, began) = (AtomicU64::new(from), AtomicU64::new(0), Instant::now());
     let failed: Mutex<Option<(u64, String)>> = Mutex::default();

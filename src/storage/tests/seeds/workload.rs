@@ -22,8 +22,8 @@ pub(super) struct Run {
     pub(super) history: History,
     /// A change is waited for one time in so many; 1 is always.
     patience: u64,
-    /// All entries have one size, so that what a torn write left behind fits to what is written next.
-    alike: bool,
+    /// All entries have this size, so that what a torn write left behind fits to what is written next.
+    alike: Option<usize>,
     term: u64,
     directory_id: Option<String>,
 }
@@ -45,7 +45,9 @@ impl Run {
         Self {
             seed,
             patience: [1, 4, 1000][usize::try_from(random.below(3)).unwrap()],
-            alike: random.below(3) == 0,
+            // Without a payload they are as large as every mark.
+            alike: [Some(0), Some(0), Some(100), None, None, None]
+                [usize::try_from(random.below(6)).unwrap()],
             random,
             disk: MemoryDisk::default(),
             history: History::new(vec![State::default(); GROUPS], vec![None; GROUPS]),
@@ -273,8 +275,8 @@ impl Run {
     }
 
     fn size(&mut self) -> usize {
-        if self.alike {
-            return 100;
+        if let Some(size) = self.alike {
+            return size;
         }
         let most = self.pick([1, 50, 300, 300, 300, 1200, 1200, 5000]);
         usize::try_from(self.random.below(most)).unwrap() * if self.one_in(100) { 5 } else { 1 }
