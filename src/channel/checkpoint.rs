@@ -82,7 +82,13 @@ impl Shard {
         if found < needed {
             return Err(InvalidCheckpoint::ArchiveBehind { needed, found });
         }
-        Self::restore(wire, options, archive, true)
+        let relies = wire.archive.is_some();
+        let shard = Self::restore(wire, options, archive.clone(), true)?;
+        if !relies {
+            // What lies there was put by a state that came to nothing. A state that is being rebuilt would count it.
+            (archive.clear()).map_err(|err| InvalidCheckpoint::Archive(err.to_string()))?;
+        }
+        Ok(shard)
     }
 
     /// The state that any checkpoint describes, as of its horizon: its records come back from the log. Clears the

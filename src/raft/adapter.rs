@@ -48,7 +48,8 @@ pub(crate) struct Adapter {
     file: SnapshotFile,
     log: GroupLog,
     progress_tx: watch::Sender<Progress>,
-    /// Held from the moment a checkpoint is taken until it is stored, so that no older one replaces it.
+    /// Held from the moment a checkpoint is taken until it is stored: an older one must not come after a newer one, nor
+    /// two into one file.
     storing: Arc<tokio::sync::Mutex<()>>,
 }
 
@@ -68,6 +69,16 @@ struct Taken {
     covers: Progress,
 }
 
+/// What a checkpoint gave.
+enum Found {
+    Nothing,
+    Whole,
+    /// The state of its horizon; the archive is empty.
+    Outline,
+    /// It leans on an archive that is gone, and the whole log is there.
+    Stale,
+}
+
 impl Adapter {
     /// Opens the machine where its checkpoint and the log allow, or empty. `false` when the log was purged and no
     /// checkpoint on this disk reaches so far: another replica's outline is needed.
@@ -84,10 +95,23 @@ impl Adapter {
         };
         let mut restored = false;
         for bytes in file.load_all()? {
-            restored = inner.restore(bytes, &log)?;
-            if restored {
-                break;
-            }
+            restored = match inner.restore(bytes, &log)? {
+                Found::Nothing => continue,
+                Found::Whole => true,
+                Found::Outline => {
+                    // Before the archive is filled anew: the checkpoint that leaned on the former one must not be
+                    // taken for one that leans on this one.
+                    let outline = inner.encode();
+                    file.store(&outline)?;
+                    true
+                }
+                Found::Stale => {
+                    // For the same reason; the log makes the whole state.
+                    file.remove()?;
+                    false
+                }
+            };
+            break;
         }
         let usable = restored || log.purged().is_none();
         let horizon = inner.machine.horizon();
@@ -112,7 +136,7 @@ impl Adapter {
 
     /// Makes a checkpoint, durably. Takes as long as the disk does.
     pub(super) async fn checkpoint(&self) -> io::Result<()> {
-        let _turn = self.storing.lock().await;
+        let _storing = self.storing.lock().await;
         let taken = self.lock().take(&self.progress_tx);
         self.store(taken).await
     }
@@ -155,21 +179,40 @@ impl Adapter {
             .send_modify(|progress| progress.horizon = horizon);
     }
 
-    /// What another replica starts from that has the log behind the horizon; `None` while the whole log is there.
-    pub(super) fn outline(&self) -> Option<(SnapshotMeta, Bytes)> {
-        self.lock().outline()
+    /// What another replica starts from that has the log behind the horizon; without an id while the whole log is needed.
+    pub(super) fn outline(&self) -> (SnapshotMeta, Bytes) {
+        let inner = self.lock();
+        let whole = || (SnapshotMeta::default(), inner.machine.outline());
+        inner.outline().unwrap_or_else(whole)
     }
 
-    /// Replaces the state by another replica's outline and this replica's own log behind it.
-    pub(super) fn rebuild(&self, meta: &SnapshotMeta, outline: Bytes) -> io::Result<()> {
+    /// Replaces the state by another replica's outline and this replica's own log behind it, durably.
+    pub(super) async fn rebuild(&self, meta: SnapshotMeta, outline: Bytes) -> io::Result<()> {
+        let _storing = self.storing.lock().await;
+        let this = self.clone();
+        let rebuilt = tokio::task::spawn_blocking(move || {
+            // No checkpoint of the state that goes may be found later: the archive that it leans on is emptied now.
+            match meta.last_log_id {
+                Some(_) => this.file.store(&at_horizon(&meta, outline.clone()))?,
+                None => this.file.remove()?,
+            }
+            this.rebuild_now(&meta, outline)
+        });
+        rebuilt.await.map_err(io::Error::other)??;
+        let taken = self.lock().take(&self.progress_tx);
+        self.store(taken).await
+    }
+
+    fn rebuild_now(&self, meta: &SnapshotMeta, outline: Bytes) -> io::Result<()> {
         let mut inner = self.lock();
-        let (Some(from), Some(applied)) = (meta.last_log_id, inner.applied) else {
-            return Err(io::Error::other("there is nothing to rebuild from"));
+        let Some(applied) = inner.applied else {
+            return Err(io::Error::other("there is nothing to rebuild"));
         };
-        if from.index > applied.index || self.log.purged().is_some_and(|at| at.index > from.index) {
+        let from = meta.last_log_id.map_or(0, |id| id.index);
+        if from > applied.index || self.log.purged().is_some_and(|at| at.index > from) {
             return Err(io::Error::other("the log here does not follow the outline"));
         }
-        let mut next = from.index + 1;
+        let mut next = from + 1;
         let mut page = std::collections::VecDeque::new();
         let mut replay = || {
             if page.is_empty() && next <= applied.index {
@@ -180,7 +223,7 @@ impl Adapter {
                 (entry.id.index, normal_payload(entry))
             }))
         };
-        let rebuilt = inner.machine.rebuild(from.index, outline, &mut replay);
+        let rebuilt = inner.machine.rebuild(from, outline, &mut replay);
         rebuilt.map_err(invalid)?;
         inner.note_horizon(&self.log);
         Ok(())
@@ -188,15 +231,9 @@ impl Adapter {
 
     /// Takes another replica's outline where this one has nothing of its own to start from.
     pub(super) async fn adopt(&self, meta: &SnapshotMeta, outline: Bytes) -> io::Result<()> {
-        let _turn = self.storing.lock().await;
-        let checkpoint = peer::Checkpoint {
-            applied: meta.last_log_id.as_ref().map(log_id_out),
-            horizon: meta.last_log_id.as_ref().map(log_id_out),
-            memberships: vec![membership_at_out(&meta.last_membership)],
-            state: outline.clone(),
-        };
+        let _storing = self.storing.lock().await;
         let taken = Taken {
-            bytes: checkpoint.encode_to_vec().into(),
+            bytes: at_horizon(meta, outline.clone()),
             archive: None,
             index: 0,
             covers: Progress::default(),
@@ -275,7 +312,7 @@ impl RaftStateMachine<TypeConfig> for Adapter {
     }
 
     async fn get_current_snapshot(&mut self) -> io::Result<Option<Snapshot>> {
-        let outline = self.outline();
+        let outline = self.lock().outline();
         Ok(outline.map(|(meta, snapshot)| Snapshot { meta, snapshot }))
     }
 }
@@ -284,7 +321,7 @@ impl RaftSnapshotBuilder<TypeConfig> for Adapter {
     type SnapshotData = Bytes;
 
     async fn build_snapshot(&mut self) -> io::Result<Snapshot> {
-        let _turn = self.storing.lock().await;
+        let _storing = self.storing.lock().await;
         let (outline, taken) = {
             let inner = self.lock();
             (inner.outline(), inner.take(&self.progress_tx))
@@ -350,15 +387,19 @@ impl Inner {
         Some((meta, self.machine.outline()))
     }
 
-    fn take(&self, progress_tx: &watch::Sender<Progress>) -> Taken {
+    fn encode(&self) -> Bytes {
         let checkpoint = peer::Checkpoint {
             applied: self.applied.as_ref().map(log_id_out),
             horizon: self.horizon.as_ref().map(log_id_out),
             memberships: self.memberships.iter().map(membership_at_out).collect(),
             state: self.machine.checkpoint(),
         };
+        checkpoint.encode_to_vec().into()
+    }
+
+    fn take(&self, progress_tx: &watch::Sender<Progress>) -> Taken {
         Taken {
-            bytes: checkpoint.encode_to_vec().into(),
+            bytes: self.encode(),
             archive: self.machine.archive(),
             index: self.applied.map_or(0, |id| id.index),
             covers: *progress_tx.borrow(),
@@ -366,10 +407,10 @@ impl Inner {
     }
 
     /// Restores a checkpoint if the log allows it: whole where the log reaches so far, else its outline.
-    fn restore(&mut self, bytes: Bytes, log: &GroupLog) -> io::Result<bool> {
+    fn restore(&mut self, bytes: Bytes, log: &GroupLog) -> io::Result<Found> {
         let checkpoint: peer::Checkpoint = decode(bytes)?;
         let Some(applied) = checkpoint.applied.as_ref().map(log_id_in) else {
-            return Ok(false);
+            return Ok(Found::Nothing);
         };
         let horizon = checkpoint.horizon.as_ref().map(log_id_in);
         let memberships = checkpoint.memberships.into_iter().map(membership_at_in);
@@ -380,17 +421,19 @@ impl Inner {
         // A snapshot that was installed stands at its horizon, before any log.
         let reached = applied.index <= last || Some(applied) == horizon;
         if !reached || applied.index < purged {
-            return Ok(false);
+            return Ok(Found::Nothing);
         }
         let restored = self.machine.restore(applied.index, state.clone());
         if restored.map_err(invalid)? == Restored::Whole {
             (self.applied, self.horizon) = (Some(applied), horizon);
             self.memberships = memberships;
-            return Ok(true);
+            return Ok(Found::Whole);
         }
         let Some(horizon) = horizon.filter(|id| id.index >= purged) else {
-            // Nothing was purged: the log makes the whole state.
-            return Ok(false);
+            return Ok(match purged {
+                0 => Found::Stale,
+                _ => Found::Nothing,
+            });
         };
         tracing::warn!(
             from = horizon.index,
@@ -403,8 +446,19 @@ impl Inner {
         self.memberships = memberships;
         self.memberships
             .retain(|at| at.log_id().is_none_or(|id| id.index <= horizon.index));
-        Ok(true)
+        Ok(Found::Outline)
     }
+}
+
+/// The checkpoint of a state at its horizon.
+fn at_horizon(meta: &SnapshotMeta, outline: Bytes) -> Bytes {
+    let checkpoint = peer::Checkpoint {
+        applied: meta.last_log_id.as_ref().map(log_id_out),
+        horizon: meta.last_log_id.as_ref().map(log_id_out),
+        memberships: vec![membership_at_out(&meta.last_membership)],
+        state: outline,
+    };
+    checkpoint.encode_to_vec().into()
 }
 
 fn membership_at_out(membership: &StoredMembership) -> peer::MembershipAt {

@@ -20,10 +20,10 @@ const ASK: Duration = Duration::from_secs(30);
 const ASK_AGAIN: Duration = Duration::from_millis(500);
 
 impl Group {
-    /// What a replica of the group can be rebuilt from; `None` while the whole log is here.
-    pub(super) fn outline(&self) -> Option<peer::SnapshotRequest> {
-        let (meta, state) = self.adapter.outline()?;
-        Some(snapshot_out(&meta, state))
+    /// What a replica of the group can be rebuilt from; without an id for one that has the whole log.
+    pub(super) fn outline(&self) -> peer::SnapshotRequest {
+        let (meta, state) = self.adapter.outline();
+        snapshot_out(&meta, state)
     }
 
     /// Asks `from` for an outline and rebuilds the state from it and the log here.
@@ -32,10 +32,7 @@ impl Group {
     /// When `from` does not answer, or its outline and the log here do not meet.
     pub async fn rebuild_from(&self, transport: &Transport, from: NodeId) -> io::Result<()> {
         let (meta, outline) = ask_outline(self.id(), transport, from).await?;
-        let adapter = self.adapter.clone();
-        let rebuilt = tokio::task::spawn_blocking(move || adapter.rebuild(&meta, outline));
-        rebuilt.await.map_err(io::Error::other)??;
-        self.adapter.checkpoint().await
+        self.adapter.rebuild(meta, outline).await
     }
 
     /// The newest log index applied here.
@@ -54,6 +51,9 @@ pub(super) async fn other_outline(group: GroupId, parts: &Parts) -> (SnapshotMet
         let nodes = reachable.borrow_and_update().clone();
         for node in nodes {
             match ask_outline(group, &parts.transport, node).await {
+                Ok((meta, _)) if meta.last_log_id.is_none() => {
+                    tracing::warn!(%group, from = %node, "the log there begins before the one here");
+                }
                 Ok(outline) => return outline,
                 Err(err) => {
                     tracing::warn!(%group, from = %node, error = %err, "no outline was had");

@@ -147,7 +147,7 @@ impl Handler for Door {
             let here = here.ok_or_else(|| format!("{group} is not here"))?;
             match service {
                 network::SNAPSHOT => snapshot(&server, &here, from, body).await,
-                network::OUTLINE => outline(&here),
+                network::OUTLINE => Ok(here.outline().encode_to_vec().into()),
                 _ => answer(&here, service, body).await,
             }
         })
@@ -175,11 +175,6 @@ async fn snapshot(
     let answer = group.raft().install_full_snapshot(vote, snapshot).await;
     let vote = Some(vote_out(&answer.map_err(text)?.vote));
     Ok(peer::SnapshotResponse { vote }.encode_to_vec().into())
-}
-
-fn outline(group: &Group) -> Result<Bytes, String> {
-    let request = group.outline().ok_or("the whole log is here")?;
-    Ok(request.encode_to_vec().into())
 }
 
 async fn fetch(server: &Server, group: GroupId, body: Bytes) -> Result<Bytes, String> {

@@ -6,10 +6,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
+use firth::cluster::Submitted;
 use firth::types::Serial;
 use tokio::task::JoinHandle;
 
-use crate::net::{LONG, Net, RETENTION, SOON, Stored, outcome, until};
+use crate::net::{LONG, Net, Outcome, RETENTION, SOON, Stored, outcome, until};
+
+/// How long a publisher waits for a node before it tries another.
+const ACK_PATIENCE: Duration = Duration::from_secs(2);
 
 /// What a load is made of.
 #[derive(Clone, Debug)]
@@ -90,6 +94,11 @@ pub(crate) fn body(id: &str, max: usize) -> Bytes {
         sum.wrapping_mul(31).wrapping_add(usize::from(byte))
     });
     id.bytes().cycle().take(20 + sum % max).collect()
+}
+
+async fn in_time(until: tokio::time::Instant, submitted: Option<Submitted>) -> Outcome {
+    let answered = tokio::time::timeout_at(until, outcome(submitted)).await;
+    answered.unwrap_or(Outcome::Unknown)
 }
 
 fn millis(duration: Duration) -> u64 {
@@ -175,8 +184,9 @@ impl Publisher {
             self.sent.push((id, sent_ms));
         }
         let mut again = Vec::new();
+        let until = tokio::time::Instant::now() + ACK_PATIENCE;
         for (n, submitted) in (first..).zip(submitted) {
-            match outcome(submitted).await.serial() {
+            match in_time(until, submitted).await.serial() {
                 Some(serial) => self.on_ack(n, serial, again.is_empty()),
                 None => again.push(n),
             }
@@ -192,7 +202,8 @@ impl Publisher {
     async fn repeat(&mut self, n: usize, in_order: bool) {
         while !self.stopped.load(Ordering::Relaxed) {
             let submitted = self.submit(self.node(), &self.sent[n].0);
-            if let Some(serial) = outcome(submitted).await.serial() {
+            let until = tokio::time::Instant::now() + ACK_PATIENCE;
+            if let Some(serial) = in_time(until, submitted).await.serial() {
                 return self.on_ack(n, serial, in_order);
             }
             self.at += 1;
@@ -200,7 +211,7 @@ impl Publisher {
         }
     }
 
-    fn submit(&self, node: u64, id: &str) -> Option<firth::cluster::Submitted> {
+    fn submit(&self, node: u64, id: &str) -> Option<Submitted> {
         let body = body(id, self.mix.body_max);
         let retention = self.mix.retention;
         self.net.submit(node, &self.channel, id, body, retention)
