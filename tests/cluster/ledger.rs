@@ -260,7 +260,9 @@ impl Ledger {
                 let (other, known) = first.get_or_insert_with(|| (live.id, stored.clone()));
                 // Retention may have taken the oldest meanwhile.
                 let gone = known.len().saturating_sub(stored.len());
-                let young = known[..gone].iter().find(|at| self.is_kept(channel, &at.id, now_ms));
+                let young = known[..gone]
+                    .iter()
+                    .find(|at| self.is_kept(channel, &at.id, now_ms));
                 assert!(
                     known[gone..] == stored && young.is_none(),
                     "{channel}: nodes {other} and {} show different histories",
@@ -304,13 +306,7 @@ impl Ledger {
 }
 
 impl Publisher {
-    fn check(
-        &self,
-        at: &str,
-        stored: &[Stored],
-        places: &BTreeMap<&str, usize>,
-        now_ms: u64,
-    ) {
+    fn check(&self, at: &str, stored: &[Stored], places: &BTreeMap<&str, usize>, now_ms: u64) {
         for (n, serial) in &self.acked {
             let (id, sent_ms) = &self.sent[*n];
             let Some(place) = places.get(id.as_str()) else {

@@ -3,8 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -385,7 +385,9 @@ impl Net {
             let joined = joined.unwrap_or_else(|_| {
                 panic!("node {id} does not take part: {}", self.describe());
             });
-            joined.unwrap().unwrap_or_else(|err| panic!("node {id} does not start: {err:#}"));
+            joined
+                .unwrap()
+                .unwrap_or_else(|err| panic!("node {id} does not start: {err:#}"));
         }
     }
 
@@ -561,8 +563,14 @@ impl Net {
     /// Comparisons of states on all processes that there were: how many agreed, and how many did not.
     pub(crate) fn comparisons(&self) -> (u64, u64) {
         let (agreed, differed) = &self.compared;
-        let gone = (agreed.load(Ordering::Relaxed), differed.load(Ordering::Relaxed));
-        let living = self.living().into_iter().map(|live| live.cluster.comparisons());
+        let gone = (
+            agreed.load(Ordering::Relaxed),
+            differed.load(Ordering::Relaxed),
+        );
+        let living = self
+            .living()
+            .into_iter()
+            .map(|live| live.cluster.comparisons());
         living.fold(gone, |sum, more| (sum.0 + more.0, sum.1 + more.1))
     }
 
@@ -593,7 +601,11 @@ impl Net {
                 .map(move |recorder| (slot.id, recorder))
         });
         let (agreed, differed) = self.comparisons();
-        assert_eq!(differed, self.forgiven.load(Ordering::Relaxed), "states differed on some node; {agreed} times they agreed");
+        assert_eq!(
+            differed,
+            self.forgiven.load(Ordering::Relaxed),
+            "states differed on some node; {agreed} times they agreed"
+        );
         let mut gaps = 0;
         for (id, recorder) in recorders {
             let complaints = recorder.complaints();

@@ -133,10 +133,7 @@ async fn scrub(net: &Net, id: u64) {
 async fn is_mended(net: &Net, id: u64) {
     let log = net.live(id).expect("it lives").log;
     let what = format!("node {id} to have all of its log");
-    until(&what, SOON, async || {
-        (log.stats().holes == 0).then_some(())
-    })
-    .await;
+    until(&what, SOON, async || (log.stats().holes == 0).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -218,7 +215,12 @@ async fn a_replica_whose_state_differs_is_found_and_rebuilt() {
             (net.comparisons().1 > 0).then_some(())
         })
         .await;
-        let failed = net.live(forgetful).expect("it lives").failure.borrow().clone();
+        let failed = net
+            .live(forgetful)
+            .expect("it lives")
+            .failure
+            .borrow()
+            .clone();
         assert_eq!(failed, None);
         until("it to be as the others", SOON, async || {
             let shown = net.history(forgetful, &channel).await;
