@@ -283,8 +283,8 @@ impl Machine for ControlMachine {
         None
     }
 
-    fn horizon(&self) -> u64 {
-        self.frozen.0
+    fn horizon(&self) -> Option<u64> {
+        Some(self.frozen.0).filter(|horizon| *horizon > 0)
     }
 
     fn let_go(&mut self) {

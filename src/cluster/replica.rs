@@ -139,8 +139,8 @@ impl Machine for ShardMachine {
         Some(self.archive.clone())
     }
 
-    fn horizon(&self) -> u64 {
-        self.state.read().horizon()
+    fn horizon(&self) -> Option<u64> {
+        Some(self.state.read().horizon()).filter(|horizon| *horizon > 0)
     }
 
     /// A shard's horizon is in its entries.

@@ -114,7 +114,7 @@ impl Adapter {
             break;
         }
         let usable = restored || log.purged().is_none();
-        let horizon = inner.machine.horizon();
+        let horizon = inner.machine.horizon().unwrap_or(0);
         let (progress_tx, _) = watch::channel(Progress {
             horizon,
             since_checkpoint: 0,
@@ -255,7 +255,7 @@ impl Adapter {
         inner.applied = meta.last_log_id;
         inner.horizon = meta.last_log_id;
         inner.memberships = vec![meta.last_membership.clone()];
-        let horizon = inner.machine.horizon();
+        let horizon = inner.machine.horizon().unwrap_or(0);
         self.progress_tx
             .send_modify(|progress| progress.horizon = horizon);
         Ok(())
@@ -357,8 +357,10 @@ impl Inner {
 
     /// Finds the id of the machine's horizon while the log still has it.
     fn note_horizon(&mut self, log: &GroupLog) {
-        let horizon = self.machine.horizon();
-        if horizon <= self.horizon.map_or(0, |id| id.index) {
+        let Some(horizon) = self.machine.horizon() else {
+            return;
+        };
+        if self.horizon.is_some_and(|known| horizon <= known.index) {
             return;
         }
         let purged = log.purged().filter(|id| id.index == horizon);

@@ -56,8 +56,8 @@ pub trait Machine: Send + Sync + 'static {
     /// What the checkpoints refer to and must be made durable with them.
     fn archive(&self) -> Option<Arc<dyn Archive>>;
 
-    /// Never sinks. 0: the whole log is needed.
-    fn horizon(&self) -> u64;
+    /// Never sinks. `None`: the whole log is needed.
+    fn horizon(&self) -> Option<u64>;
     /// The group's oldest entries are all that still lies in old segments of the node's log: a machine that chooses its
     /// horizon by itself moves it on.
     fn let_go(&mut self);

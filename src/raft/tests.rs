@@ -45,8 +45,8 @@ impl Machine for Counter {
         None
     }
 
-    fn horizon(&self) -> u64 {
-        self.0
+    fn horizon(&self) -> Option<u64> {
+        Some(self.0)
     }
 
     fn let_go(&mut self) {}
