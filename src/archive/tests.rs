@@ -6,7 +6,6 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
 
 use proptest::prelude::*;
 use tempfile::TempDir;
@@ -587,65 +586,5 @@ proptest! {
             model.check(&*archives.as_ref().unwrap().shard(GROUP));
         }
         prop_assert!(aside(&dir).is_empty());
-    }
-}
-
-/// Figures, not a check: `cargo test --release archive -- --ignored --nocapture`.
-#[test]
-#[ignore = "prints figures"]
-fn speed() {
-    let count: u64 = std::env::var("ENTRIES").map_or(1_000_000, |n| n.parse().unwrap());
-    let (_temp, dir) = folder();
-    let archives = Archives::open(dir.clone(), Options::default()).unwrap();
-    let shard = archives.shard(GROUP);
-    let channel = |n: u64| -> ChannelId { digest(n % 1000) };
-    let since = Instant::now();
-    for batch in 0..count / 4096 {
-        let entries: Vec<_> = (batch * 4096..(batch + 1) * 4096)
-            .map(|n| (channel(n), entry(n)))
-            .collect();
-        shard.put(&entries).unwrap();
-    }
-    println!(
-        "put: {:.2} µs each",
-        since.elapsed().as_secs_f64() * 1e6 / count as f64
-    );
-    let since = Instant::now();
-    shard.seal().unwrap();
-    println!("seal: {:?}", since.elapsed());
-    for (what, from) in [
-        ("absent", count * 10),
-        ("present", 0),
-        ("absent", count * 20),
-    ] {
-        let mut micros: Vec<f64> = (0..50_000_u64)
-            .map(|i| {
-                let n = from + i.wrapping_mul(7_919) % (count / 4096 * 4096);
-                let since = Instant::now();
-                let found = shard.find(channel(n), &digest(n)).unwrap();
-                assert_eq!(found.is_some(), from == 0);
-                since.elapsed().as_secs_f64() * 1e6
-            })
-            .collect();
-        micros.sort_by(f64::total_cmp);
-        let mean = micros.iter().sum::<f64>() / micros.len() as f64;
-        println!(
-            "find {what}: mean {mean:.2} µs, p50 {:.2}, p99 {:.2}",
-            micros[25_000], micros[49_500]
-        );
-    }
-    let bytes: u64 = files(&dir)
-        .iter()
-        .map(|f| fs::metadata(f).unwrap().len())
-        .sum();
-    println!("disk: {} bytes per entry", bytes / count);
-    drop((shard, archives));
-    for clean in [true, false] {
-        if !clean {
-            fs::remove_file(dir.join("CLEAN")).unwrap();
-        }
-        let since = Instant::now();
-        drop(Archives::open(dir.clone(), Options::default()).unwrap());
-        println!("open and close, clean {clean}: {:?}", since.elapsed());
     }
 }

@@ -42,6 +42,10 @@ pub(super) fn start(cluster: &Cluster, tasks: &Tasks) {
 impl Cluster {
     /// Gives shards that another node should lead to that node, if it is there and has everything.
     async fn balance(&self) {
+        // A node on its way back changes the voters of every group: leaders stay where they are until it is there.
+        if !self.registry().borrow().readmitting.is_empty() {
+            return;
+        }
         let voters: BTreeSet<NodeId> = self.nodes().keys().copied().collect();
         let reachable = self.staying();
         let mut moves = 0;

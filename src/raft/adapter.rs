@@ -364,10 +364,12 @@ impl Inner {
             return;
         }
         let purged = log.purged().filter(|id| id.index == horizon);
-        let Some(id) = log.id(horizon).or(purged) else {
+        let logged = log.id(horizon).or(purged).map(id_in);
+        let applied = self.applied.filter(|id| id.index == horizon);
+        let Some(id) = applied.or(logged) else {
             return;
         };
-        self.horizon = Some(id_in(id));
+        self.horizon = Some(id);
         let newest = self
             .memberships
             .partition_point(|at| at.log_id().is_none_or(|id| id.index <= horizon));

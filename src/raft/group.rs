@@ -172,7 +172,12 @@ impl Group {
 
     /// Asks `to` to take the leadership over. The caller makes sure that it is reachable and a voter: a
     /// transfer to a dead node leaves the group without a leader until an election.
+    ///
+    /// Does nothing while the group's voters are being changed: the change would be left half done.
     pub async fn transfer_to(&self, to: NodeId) {
+        if self.is_changing() {
+            return;
+        }
         // An error is a stopped group, which the leadership task reports.
         let _ = self.raft.trigger().transfer_leader(to.0).await;
     }

@@ -25,7 +25,7 @@ impl Group {
     /// Why it was not done.
     pub async fn remove(&self, node: NodeId) -> Result<(), String> {
         let (voters, learners) = self.members();
-        if voters.contains(&node) {
+        if voters.contains(&node) || self.is_changing() {
             let change = ChangeMembers::RemoveVoters(BTreeSet::from([node.0]));
             let changed = self.raft.change_membership(change, false).await;
             changed.map_err(|err| err.to_string())?;
@@ -44,20 +44,34 @@ impl Group {
     /// Why it was not done.
     pub async fn admit(&self, node: NodeId) -> Result<bool, String> {
         let (voters, learners) = self.members();
-        if voters.contains(&node) {
+        let half = self.is_changing();
+        if voters.contains(&node) && !half {
             return Ok(true);
         }
-        if !learners.contains(&node) {
+        if !half && !learners.contains(&node) {
             let added = self.raft.add_learner(node.0, EmptyNode::new(), false).await;
             added.map_err(|err| err.to_string())?;
         }
-        if !self.is_nearly_caught_up(node) {
+        if !half && !self.is_nearly_caught_up(node) {
             return Ok(false);
         }
         let change = ChangeMembers::AddVoterIds(BTreeSet::from([node.0]));
         let changed = self.raft.change_membership(change, true).await;
         changed.map_err(|err| err.to_string())?;
         Ok(true)
+    }
+
+    /// A change of voters was begun and is not through: old and new voters must agree on everything until it is. A leader
+    /// that is lost meanwhile leaves it so, and the next one has to end it.
+    pub(super) fn is_changing(&self) -> bool {
+        let metrics = self.raft.metrics();
+        let metrics = metrics.borrow_watched();
+        metrics
+            .membership_config
+            .membership()
+            .get_joint_config()
+            .len()
+            > 1
     }
 
     /// Near enough that the rest arrives within an election's time.
