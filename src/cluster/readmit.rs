@@ -10,7 +10,7 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::{Cluster, CommandError, admission};
+use crate::cluster::{Cluster, CommandError, Registry, admission};
 use crate::tasks::{OnError, Tasks};
 use crate::transport::{Lane, Service};
 use crate::types::{GroupId, NodeId};
@@ -87,9 +87,22 @@ impl Cluster {
                 false => Err(ReadmitError::HasItsData(node)),
             };
         }
-        let node = node.0;
-        let command = wire::entry::Command::Readmit(wire::Readmit { node, directory });
-        Ok(self.command(command).await?)
+        let command = wire::entry::Command::Readmit(wire::Readmit {
+            node: node.0,
+            directory: directory.clone(),
+        });
+        self.command(command).await?;
+        // Whoever asks this node next must not be told how things stood before.
+        let decided = |registry: &Arc<Registry>| {
+            registry.readmitting.contains_key(&node)
+                || registry.directories.get(&node) == Some(&directory)
+        };
+        let mut registry = self.registry();
+        let seen = tokio::time::timeout(STEP, registry.wait_for(decided)).await;
+        match seen {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(_)) | Err(_) => Err(CommandError::Indeterminate.into()),
+        }
     }
 
     /// How a node stands in the cluster, as this node knows it; `None` for a node that is not configured.
