@@ -25,4 +25,17 @@ pub struct Identity {
     pub key_id: String,
     pub client_id: ClientId,
     pub capability: Arc<Capability>,
+    /// What its token says about time and revocation; `None` for a key, which does not expire.
+    pub token: Option<TokenClaims>,
+}
+
+/// What a token says beside who and what.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TokenClaims {
+    /// Milliseconds since 1970.
+    pub issued_at_ms: u64,
+    /// Milliseconds since 1970.
+    pub expires_at_ms: u64,
+    pub revocation_key: Option<String>,
+    pub revocable: bool,
 }

@@ -15,6 +15,8 @@ pub enum ClientId {
     Any,
     /// It is this client and no other.
     Exactly(String),
+    /// It is nobody and can take no name.
+    Anonymous,
 }
 
 impl ClientId {
@@ -49,6 +51,7 @@ impl ClientId {
         match self {
             Self::Any => "*",
             Self::Exactly(id) => id,
+            Self::Anonymous => "",
         }
     }
 
@@ -63,6 +66,8 @@ impl ClientId {
             (Self::Any, asked) => asked.map(|id| checked(id).map(str::to_owned)).transpose(),
             (Self::Exactly(own), None) => Ok(Some(own.clone())),
             (Self::Exactly(own), Some(id)) if own == id => Ok(Some(own.clone())),
+            (Self::Anonymous, None) => Ok(None),
+            (Self::Anonymous, Some(_)) => Err(invalid("an anonymous client can take no client id")),
             (Self::Exactly(_), Some(_)) => {
                 Err(invalid("message has another client id than its connection"))
             }

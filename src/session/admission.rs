@@ -1,8 +1,9 @@
-//! What messages a client may publish: counts, sizes, names, ids (§2.6). The same for every door.
+//! What messages a client may publish: counts, sizes, names, ids, extras (§2.6). The same for every door.
 
 use crate::auth::ClientId;
+use crate::session::extras;
 use crate::types::{ErrorCode, ErrorInfo};
-use crate::wire::ably::{Message, MessageAction};
+use crate::wire::ably::{Message, MessageAction, PresenceAction, PresenceMessage};
 
 /// Most messages in one publish.
 const MESSAGES_MAX: usize = 1000;
@@ -18,6 +19,27 @@ pub struct Admission {
     pub count: u16,
     /// What makes a repetition recognisable, when the client chose ids.
     pub base_id: Option<String>,
+    /// Delivered, but no part of history.
+    pub ephemeral: bool,
+    /// Only who has `Operation::PrivilegedHeaders` on the channel may publish them.
+    pub privileged: bool,
+}
+
+/// Takes the connection keys out of messages that are to be published on behalf of a connection: the one key of all, if
+/// they have one. Who publishes then is that connection, with its id and under its client id, which is what [`admit`]
+/// must be told.
+///
+/// # Errors
+/// `InvalidConnectionKey` when messages of one publish name different connections.
+pub fn take_connection_key(messages: &mut [Message]) -> Result<Option<String>, ErrorInfo> {
+    let mut keys = messages.iter_mut().map(|message| message.connection_key.take());
+    let first = keys.next().flatten();
+    let same = keys.fold(true, |same, key| same && key == first);
+    if same {
+        return Ok(first);
+    }
+    let what = "messages of one publish are on behalf of different connections";
+    Err(ErrorInfo::new(ErrorCode::InvalidConnectionKey, what))
 }
 
 /// Checks messages of one publish by a client that may call itself `client_id`. `max_bytes` is for all
@@ -42,6 +64,7 @@ pub fn admit(
         return refused(ErrorCode::TooManyMessages, what);
     }
     let base_id = base_id(&messages)?;
+    let ephemeral = is_ephemeral(&messages)?;
     let admitted = messages
         .into_iter()
         .map(|message| admit_one(message, client_id));
@@ -55,9 +78,11 @@ pub fn admit(
     }
     let count = u16::try_from(messages.len()).expect("at most 1000 messages, checked above");
     Ok(Admission {
+        privileged: messages.iter().any(|m| extras::is_privileged(m.extras.as_ref())),
         messages,
         count,
         base_id,
+        ephemeral,
     })
 }
 
@@ -71,7 +96,7 @@ fn admit_one(message: Message, client_id: &ClientId) -> Result<Message, ErrorInf
         }
     }
     if message.connection_key.is_some() {
-        let what = "publishing on behalf of another connection is not supported yet";
+        let what = "only REST can publish on behalf of a connection";
         return refused(ErrorCode::InvalidConnectionKey, what);
     }
     if message.has_invalid_base64() {
@@ -80,6 +105,7 @@ fn admit_one(message: Message, client_id: &ClientId) -> Result<Message, ErrorInf
             "data is not base64, as its encoding says",
         );
     }
+    extras::check(message.extras.as_ref())?;
     Ok(Message {
         client_id: client_id.assign(message.client_id.as_deref())?,
         id: message.id,
@@ -88,6 +114,75 @@ fn admit_one(message: Message, client_id: &ClientId) -> Result<Message, ErrorInf
         encoding: message.encoding,
         extras: message.extras,
         ..Message::default()
+    })
+}
+
+/// One record is in history or is not.
+fn is_ephemeral(messages: &[Message]) -> Result<bool, ErrorInfo> {
+    let ephemeral = |message: &&Message| extras::is_ephemeral(message.extras.as_ref());
+    match messages.iter().filter(ephemeral).count() {
+        0 => Ok(false),
+        all if all == messages.len() => Ok(true),
+        _ => {
+            let what = "either all messages of a publish are ephemeral or none";
+            Err(extras::invalid(what.to_owned()))
+        }
+    }
+}
+
+/// Checks presence events of one publish by a client that may call itself `client_id`; gives them with client ids, and
+/// without anything that is the server's to say, but for ids: they tell a member that is entered again.
+///
+/// # Errors
+/// Says which rule was broken; nothing of the publish may be stored then.
+pub(super) fn check_presence(
+    events: Vec<PresenceMessage>,
+    client_id: &ClientId,
+    max_bytes: usize,
+) -> Result<Vec<PresenceMessage>, ErrorInfo> {
+    let refused = |code, what: String| Err(ErrorInfo::new(code, what));
+    if events.is_empty() {
+        return refused(ErrorCode::InvalidPublish, "frame holds no presence event".into());
+    }
+    if events.len() > MESSAGES_MAX {
+        let what = format!("{} presence events in one frame; at most {MESSAGES_MAX}", events.len());
+        return refused(ErrorCode::TooManyMessages, what);
+    }
+    let checked = events.into_iter().map(|event| check_event(event, client_id));
+    let events = checked.collect::<Result<Vec<_>, _>>()?;
+    let bytes: usize = events.iter().map(PresenceMessage::size).sum();
+    if bytes > max_bytes {
+        let what = format!("{bytes} bytes of presence in one frame; at most {max_bytes}");
+        return refused(ErrorCode::MessageTooLarge, what);
+    }
+    Ok(events)
+}
+
+fn check_event(event: PresenceMessage, own: &ClientId) -> Result<PresenceMessage, ErrorInfo> {
+    let refused = |code, what: &str| Err(ErrorInfo::new(code, what));
+    match event.action {
+        Some(PresenceAction::Enter | PresenceAction::Update | PresenceAction::Leave) => {}
+        _ => {
+            let what = "presence event is neither an enter, an update nor a leave";
+            return refused(ErrorCode::BadRequest, what);
+        }
+    }
+    if event.has_invalid_base64() {
+        let what = "data is not base64, as its encoding says";
+        return refused(ErrorCode::InvalidMessageData, what);
+    }
+    extras::check(event.extras.as_ref())?;
+    let Some(client_id) = own.assign(event.client_id.as_deref())? else {
+        return Err(ErrorCode::PresenceWithoutClientId.into());
+    };
+    Ok(PresenceMessage {
+        id: event.id,
+        action: event.action,
+        client_id: Some(client_id),
+        data: event.data,
+        encoding: event.encoding,
+        extras: event.extras,
+        ..PresenceMessage::default()
     })
 }
 
