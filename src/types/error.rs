@@ -68,10 +68,17 @@ error_codes! {
     Unauthorized          = 40100, 401, Never,        "unauthorized";
     InvalidCredentials    = 40101, 401, Never,        "invalid credentials";
     IncompatibleCredentials = 40102, 401, Never,      "incompatible credentials";
+    TokenRequestTimestamp = 40104, 401, Never,        "timestamp of the token request is not current";
+    TokenRequestReplayed  = 40105, 401, Never,        "token request was used before";
+    KeyRevoked            = 40131, 401, Never,        "key was revoked";
+    WrongKeyForRevocation = 40133, 401, Never,        "tokens are revoked with the key that issued them only";
     TokenRevoked          = 40141, 401, WithNewToken, "token was revoked";
     TokenExpired          = 40142, 401, WithNewToken, "token has expired";
     TokenUnrecognized     = 40143, 401, WithNewToken, "token not recognised";
+    InvalidJwt            = 40144, 401, WithNewToken, "invalid JWT";
     CapabilityDenied      = 40160, 401, Never,        "operation not permitted by the capability";
+    RevocationNeedsKey    = 40162, 401, Never,        "tokens are revoked with a key, not with a token";
+    RevocationDisabled    = 40163, 401, Never,        "tokens of this key cannot be revoked";
     ModeDenied            = 40165, 401, Never,        "attachment was not granted this mode";
     NotFound              = 40400, 404, Never,        "not found";
     MethodNotAllowed      = 40500, 405, Never,        "method not allowed";
