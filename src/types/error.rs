@@ -62,11 +62,14 @@ error_codes! {
     UnsupportedVersion    = 40017, 400, Never,        "unsupported protocol version";
     InvalidPublish        = 40030, 400, Never,        "invalid publish request";
     InvalidMessageId      = 40031, 400, Never,        "invalid message id";
+    InvalidExtras         = 40032, 400, Never,        "invalid extras of a message";
     TooManyMessages       = 40034, 400, Never,        "too many messages in one publish";
     ForcedNack            = 40099, 400, Never,        "refused because the client asked for it";
     Unauthorized          = 40100, 401, Never,        "unauthorized";
     InvalidCredentials    = 40101, 401, Never,        "invalid credentials";
     IncompatibleCredentials = 40102, 401, Never,      "incompatible credentials";
+    TokenRevoked          = 40141, 401, WithNewToken, "token was revoked";
+    TokenExpired          = 40142, 401, WithNewToken, "token has expired";
     TokenUnrecognized     = 40143, 401, WithNewToken, "token not recognised";
     CapabilityDenied      = 40160, 401, Never,        "operation not permitted by the capability";
     ModeDenied            = 40165, 401, Never,        "attachment was not granted this mode";
@@ -85,7 +88,9 @@ error_codes! {
     ResumeImpossible      = 80018, 400, Never,        "connection cannot be resumed";
     ContinuityLost        = 90003, 404, Never,        "messages after this serial are no longer retained";
     TooManyChannels       = 90010, 400, Never,        "too many channels on one connection";
-    PresenceUnsupported   = 91000, 400, Never,        "presence is not available on this server yet";
+    PresenceWithoutClientId = 91000, 400, Never,      "presence needs a client id";
+    PresenceNotAttached   = 91001, 400, Never,        "presence needs an attachment to the channel";
+    TooManyMembers        = 91003, 400, Never,        "too many presence members on the channel";
 }
 
 impl fmt::Display for ErrorCode {

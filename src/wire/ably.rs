@@ -9,6 +9,8 @@
 mod frame;
 mod lenient;
 mod message;
+mod payload;
+mod presence;
 
 use std::io::Cursor;
 
@@ -17,7 +19,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use frame::{Action, Auth, ConnectionDetails, ErrorBody, Frame, PublishResult, flags};
-pub use message::{Data, Message, MessageAction, Version};
+pub use message::{Message, MessageAction, Version};
+pub use payload::Data;
+pub use presence::{PresenceAction, PresenceMessage};
 
 use crate::types::{ErrorCode, ErrorInfo};
 
@@ -84,6 +88,12 @@ pub fn decode_messages(format: Format, bytes: &[u8]) -> Result<Vec<Message>, Dec
 #[must_use]
 pub fn encode_messages(format: Format, messages: &[Message]) -> Bytes {
     encode_value(format, messages)
+}
+
+/// The body of a page of presence events or members: always an array.
+#[must_use]
+pub fn encode_presence(format: Format, presence: &[PresenceMessage]) -> Bytes {
+    encode_value(format, presence)
 }
 
 fn decode_value<T: DeserializeOwned>(format: Format, bytes: &[u8]) -> Result<T, DecodeError> {
