@@ -13,5 +13,5 @@ pub use error::{ErrorCode, ErrorInfo, Retry};
 pub use ids::{AppId, GroupId, NodeId, ParseIdError, ShardId};
 pub use leadership::Leadership;
 pub use name::{ChannelKey, ChannelName, InvalidChannelName};
-pub use range::Range;
+pub use range::{Kinds, Range};
 pub use serial::{InvalidSerial, MessageSerial, Serial};

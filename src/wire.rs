@@ -8,8 +8,19 @@ pub mod entry {
     #![allow(missing_debug_implementations, reason = "generated")]
     include!(concat!(env!("OUT_DIR"), "/firth.entry.v1.rs"));
 
-    /// Version of [`Entry`] and [`Body`] that this build writes, and the newest it applies.
+    /// Version of [`Body`], and of an [`Entry`] in which nothing is that the first builds would apply differently.
     pub const VERSION: u32 = 1;
+
+    /// Newest version of [`Entry`] that this build applies, and writes where a publish holds presence events: an older
+    /// build would take them for messages.
+    pub const VERSION_MAX: u32 = 2;
+
+    /// The version of an entry with these publishes.
+    #[must_use]
+    pub fn version_of(publishes: &[Publish]) -> u32 {
+        let present = publishes.iter().any(|publish| publish.presence.is_some());
+        if present { VERSION_MAX } else { VERSION }
+    }
 }
 
 /// Entries and snapshots of the control group (`proto/firth/control.proto`).
@@ -41,5 +52,5 @@ pub mod checkpoint {
     include!(concat!(env!("OUT_DIR"), "/firth.checkpoint.v1.rs"));
 
     /// Version of [`Shard`] that this build writes, and the only one it reads.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
 }

@@ -113,7 +113,6 @@ impl Message {
     pub fn has_invalid_base64(&self) -> bool {
         payload::has_invalid_base64(self.data.as_ref(), self.encoding.as_deref())
     }
-
 }
 
 /// The fields of a message as they are written; data still as the format has it.

@@ -113,7 +113,9 @@ pub(super) fn size(
     data: Option<&Data>,
     extras: Option<&Map<String, Value>>,
 ) -> usize {
-    let texts = texts.iter().map(|text| text.as_ref().map_or(0, String::len));
+    let texts = texts
+        .iter()
+        .map(|text| text.as_ref().map_or(0, String::len));
     texts.sum::<usize>() + data.map_or(0, Data::len) + extras.map_or(0, |e| json_text(e).len())
 }
 
