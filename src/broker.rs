@@ -1,32 +1,31 @@
-//! The one API behind every door: publish, follow a channel from a serial, read its history.
+//! The one API behind every door: publish, follow a channel from a serial, read its history, list its members.
 
 mod feed;
 mod follow;
 mod publish;
 
 pub use feed::{Hub, Record};
-pub use follow::{Continuity, Follower, Lost, Polled, Waker};
+pub use follow::{Continuity, Follower, From, Lost, Polled, Start, Started, Waker};
 pub use publish::{Publish, PublishError, Published};
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::channel;
 use crate::cluster::{
-    BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
+    self, BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
 };
 use crate::tasks::{OnError, Tasks};
-use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Leadership, NodeId, Range, Serial, ShardId};
-use crate::wire::control;
+use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Kinds, Leadership, NodeId, Range, ShardId};
+use crate::wire::ably::PresenceMessage;
+use crate::wire::{control, entry};
 
 /// How long a read waits for a leader and for this node's replica.
 const READ_PATIENCE: Duration = Duration::from_secs(5);
-
-/// What channels of an app without a namespace rule of their own are kept for, in milliseconds.
-const RETENTION_DEFAULT_MS: u64 = 120_000;
 
 /// A handle to the node's broker.
 #[derive(Clone, Debug)]
@@ -114,12 +113,53 @@ impl Broker {
     /// the outcome.
     #[must_use = "the outcome says whether it was stored"]
     pub fn publish(&self, publish: Publish) -> Published {
-        let rule = self.rule(&publish.key);
+        let rule = self.cluster.registry().borrow().rule(&publish.key);
         let shard = self.cluster.shard_of(&publish.key);
-        Published::new(self.cluster.submit(shard, publish.into_entry(&rule)))
+        let entry = publish.into_entry(&rule, self.cluster.attendant());
+        Published::new(self.cluster.submit(shard, entry))
     }
 
-    /// Records of a channel within `range`, at most `limit`, and whether the page was cut before that for its size.
+    /// The random number that this process drew at its start: with the node it tells who attends a connection.
+    #[must_use]
+    pub fn boot(&self) -> u64 {
+        self.cluster.boot()
+    }
+
+    /// An id for leaves that a client did not ask for: begins with no connection's id, so that clients order the leave by
+    /// its time.
+    #[must_use]
+    pub fn left_id() -> String {
+        cluster::left_id()
+    }
+
+    /// Says that this process attends the members that the connection has in the channel, if it has any.
+    #[must_use = "the outcome says whether it was heard"]
+    pub fn attend(&self, key: ChannelKey, connection_id: &str) -> Published {
+        self.publish(Publish {
+            key,
+            id: String::new(),
+            connection_id: connection_id.to_owned(),
+            count: 0,
+            body: Bytes::new(),
+            source: None,
+            presence: Some(entry::Presence::default()),
+        })
+    }
+
+    /// The channel's members, in the order of client id and connection id. Shows everything acknowledged anywhere before
+    /// the call.
+    ///
+    /// # Errors
+    /// When no leader is reached in time.
+    pub async fn members(&self, key: &ChannelKey) -> Result<Vec<PresenceMessage>, ErrorInfo> {
+        let shard = self.cluster.shard_of(key);
+        let caught_up = self.cluster.catch_up(shard, READ_PATIENCE).await;
+        caught_up.map_err(read_error)?;
+        let members = self.cluster.state(shard).members(key);
+        Ok(follow::listed(members))
+    }
+
+    /// Records of a channel of these kinds within `range`, at most `limit`, and whether the page was cut before that for its size.
     /// Shows everything acknowledged anywhere before the call.
     ///
     /// # Errors
@@ -128,6 +168,7 @@ impl Broker {
         &self,
         key: &ChannelKey,
         range: &Range,
+        kinds: Kinds,
         limit: usize,
     ) -> Result<(Vec<StoredRecord>, bool), ErrorInfo> {
         let shard = self.cluster.shard_of(key);
@@ -135,7 +176,7 @@ impl Broker {
             .catch_up(shard, READ_PATIENCE)
             .await
             .map_err(read_error)?;
-        let refs = self.cluster.state(shard).range(key, range, limit);
+        let refs = self.cluster.state(shard).range(key, range, kinds, limit);
         let refs = refs.map_err(|err| read_error(err.into()))?;
         let wanted = refs.len();
         let records = self.cluster.read_records(shard, refs).await;
@@ -144,33 +185,10 @@ impl Broker {
         Ok((records, cut))
     }
 
-    /// Follows a channel from after `from`; from the present where `None`, or where what follows it is gone.
-    /// `waker` is woken with `slot` whenever there is something to poll for.
+    /// Follows a channel. `waker` is woken with `slot` whenever there is something to poll for.
     #[must_use]
-    pub fn follow(
-        &self,
-        key: ChannelKey,
-        from: Option<Serial>,
-        waker: Arc<Waker>,
-        slot: u32,
-    ) -> (Follower, Continuity) {
-        Follower::start(self.cluster.clone(), &self.hub, key, from, waker, slot)
-    }
-
-    /// What of a channel is retained.
-    fn rule(&self, key: &ChannelKey) -> control::Namespace {
-        let registry = self.cluster.registry();
-        let registry = registry.borrow();
-        let bootstrap = registry.bootstrap.as_ref();
-        let apps = bootstrap.into_iter().flat_map(|bootstrap| &bootstrap.apps);
-        let mut namespaces = apps
-            .filter(|app| app.id == key.app.as_str())
-            .flat_map(|app| &app.namespaces);
-        let rule = namespaces.find(|namespace| namespace.id == key.name.namespace());
-        rule.cloned().unwrap_or_else(|| control::Namespace {
-            retention_ms: RETENTION_DEFAULT_MS,
-            ..Default::default()
-        })
+    pub fn follow(&self, key: ChannelKey, start: Start, waker: Arc<Waker>, slot: u32) -> Started {
+        Follower::start(self.cluster.clone(), &self.hub, key, start, waker, slot)
     }
 }
 
@@ -249,7 +267,7 @@ impl Broker {
             .await
     }
 
-    /// Accepted records of a shard after log index `after`, about `max_bytes` of them.
+    /// Accepted messages of a shard after log index `after`, about `max_bytes` of them.
     ///
     /// # Errors
     /// When the log cannot be read that far back.

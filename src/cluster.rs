@@ -4,6 +4,7 @@
 //! membership changes.
 
 mod admission;
+mod attendance;
 mod balance;
 mod clock;
 mod compare;
@@ -17,6 +18,7 @@ mod replica;
 mod start;
 mod upkeep;
 
+pub use attendance::left_id;
 pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
@@ -35,6 +37,7 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
 use crate::channel::{RecordRef, Shard};
+use crate::cluster::attendance::Pulses;
 use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
 use crate::cluster::upkeep::Exported;
@@ -126,6 +129,9 @@ struct Inner {
     shards: OnceLock<Vec<Replica>>,
     /// Tells this node's data directory from every other.
     directory: String,
+    /// Drawn at the start: tells this process from every other of the node.
+    boot: u64,
+    pulses: Pulses,
     /// Comparisons of states that agreed, and that did not.
     compared: AtomicU64,
     differed: AtomicU64,
@@ -207,6 +213,12 @@ impl Cluster {
         self.replica(shard).state.read()
     }
 
+    /// The time that this node stamps entries with, milliseconds since 1970.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        self.0.options.clock.now_ms()
+    }
+
     /// Newest log index applied on this node, as it grows.
     #[must_use]
     pub fn applied(&self, shard: ShardId) -> watch::Receiver<u64> {
@@ -254,7 +266,7 @@ impl Cluster {
         read.await.map_err(stopping)?
     }
 
-    /// Reads accepted records after log index `after`, about `max_bytes` of them. May read the disk.
+    /// Reads accepted messages after log index `after`, about `max_bytes` of them. May read the disk.
     ///
     /// # Errors
     /// When the log is damaged or no longer reaches back that far.
@@ -345,7 +357,8 @@ impl Cluster {
     }
 }
 
-/// Service numbers on the wire, for ever. 16 is the forwarding of publishes, 21 admission, 22 membership, 23 digests.
+/// Service numbers on the wire, for ever. 16 is the forwarding of publishes, 21 admission, 22 membership, 23 digests, 24
+/// whose process lives.
 const READ_INDEX: transport::Service = transport::Service(17);
 const CONTROL: transport::Service = transport::Service(18);
 const ALIVE: transport::Service = transport::Service(19);

@@ -10,7 +10,7 @@ use tokio::sync::watch;
 use crate::channel::Archive;
 use crate::placement::Assignment;
 use crate::raft::{Machine, Replay, Response, Restored};
-use crate::types::NodeId;
+use crate::types::{ChannelKey, NodeId};
 use crate::wire::control;
 
 /// Slots that each bridge's partitions are spread over. Fixed: a partition's slot is its hash modulo this.
@@ -38,7 +38,24 @@ pub struct BridgeState {
     pub floors: BTreeMap<(String, i32), i64>,
 }
 
+/// What channels of an app without a namespace rule of their own are kept for, in milliseconds.
+const RETENTION_DEFAULT_MS: u64 = 120_000;
+
 impl Registry {
+    /// What of a channel is retained.
+    #[must_use]
+    pub fn rule(&self, key: &ChannelKey) -> control::Namespace {
+        let apps = (self.bootstrap.iter()).flat_map(|bootstrap| &bootstrap.apps);
+        let mut namespaces = apps
+            .filter(|app| app.id == key.app.as_str())
+            .flat_map(|app| &app.namespaces);
+        let rule = namespaces.find(|namespace| namespace.id == key.name.namespace());
+        rule.cloned().unwrap_or_else(|| control::Namespace {
+            retention_ms: RETENTION_DEFAULT_MS,
+            ..Default::default()
+        })
+    }
+
     fn apply(&mut self, entry: control::Entry) -> Result<(), String> {
         use control::entry::Command;
         match entry

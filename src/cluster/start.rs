@@ -16,7 +16,8 @@ use crate::cluster::registry::ControlMachine;
 use crate::cluster::replica::{EventSink, ShardMachine};
 use crate::cluster::upkeep::{Exported, Upkeep, Usage};
 use crate::cluster::{
-    Cluster, Error, Inner, Options, READERS, Registry, Replica, balance, compare, control, readmit,
+    Cluster, Error, Inner, Options, READERS, Registry, Replica, attendance, balance, compare,
+    control, readmit,
 };
 use crate::raft::Host;
 use crate::stdx::{ByteBudget, stable_hash};
@@ -93,6 +94,8 @@ impl Cluster {
             registry,
             shards: OnceLock::new(),
             directory: admission.directory,
+            boot: attendance::random(),
+            pulses: attendance::Pulses::default(),
             compared: AtomicU64::new(0),
             differed: AtomicU64::new(0),
             leaving: std::sync::Mutex::default(),
@@ -109,6 +112,7 @@ impl Cluster {
         cluster.is_registered().await?;
         cluster.start_shards(&parts, tasks).await?;
         compare::start(&cluster, tasks);
+        attendance::start(&cluster, tasks);
         balance::start(&cluster, tasks);
         parts
             .phase
