@@ -100,6 +100,8 @@ pub struct Started {
     /// The channel's members, in the order of client id and connection id, where they were wanted: as of the moment in
     /// which the follower began. Everything that changes them later comes through it.
     pub members: Vec<PresenceMessage>,
+    /// That moment: what the members are shows every presence record up to it.
+    pub as_of: Serial,
 }
 
 /// How a follower began.
@@ -158,14 +160,14 @@ impl Follower {
         // Joined before the state is read: what is applied in between is found in both and handed out once.
         let feed = hub.join(&key, follow.clone());
         let now_ms = cluster.now_ms();
-        let (cursor, continuity, members) = {
+        let (cursor, continuity, members, as_of) = {
             let state = cluster.state(cluster.shard_of(&key));
             let (cursor, continuity) = begin(&state, &key, start.from, now_ms);
             let members = match start.members {
                 true => state.members(&key),
                 false => Vec::new(),
             };
-            (cursor, continuity, members)
+            (cursor, continuity, members, state.now())
         };
         let follower = Self {
             cluster,
@@ -183,6 +185,7 @@ impl Follower {
             follower,
             continuity,
             members: listed(members),
+            as_of,
         }
     }
 

@@ -102,12 +102,16 @@ impl Departures {
             .collect();
         Publish {
             key: key.clone(),
-            id: format!("left-{}", super::random_id()),
+            id: Broker::left_id(),
             connection_id: String::new(),
             count: u32::try_from(leaves.len()).unwrap_or(u32::MAX),
             body: encode_presence(&leaves),
             source: None,
-            presence: Some(self.broker.changes(connection_id, &leaves, if_attended)),
+            presence: Some(entry::Presence {
+                changes: changes(&leaves),
+                if_attended,
+                ..entry::Presence::default()
+            }),
             ephemeral: false,
         }
     }
@@ -125,4 +129,14 @@ async fn persist(broker: &Broker, publish: &Publish, mut error: Option<PublishEr
         tokio::time::sleep(backoff.pause()).await;
         error = broker.publish(publish.clone()).outcome().await.err();
     }
+}
+
+/// What these events change among a channel's members.
+pub(super) fn changes(events: &[PresenceMessage]) -> Vec<entry::Change> {
+    let change = |event: &PresenceMessage| entry::Change {
+        action: event.action.map_or(0, PresenceAction::number),
+        client_id: event.client_id.clone().unwrap_or_default(),
+        connection_id: event.connection_id.clone().unwrap_or_default(),
+    };
+    events.iter().map(change).collect()
 }

@@ -1,0 +1,451 @@
+//! One client's conversation, over whatever it comes: reads frames, drives the session, carries out its effects, sends
+//! what its followers find.
+//!
+//! One task, no queue: what a slow reader has not taken stays in the log, and its cursor says where.
+
+use std::collections::{BTreeSet, HashMap};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use tokio_util::sync::CancellationToken;
+
+use crate::auth::Identity;
+use crate::broker::{self, Follower, From, Publish, PublishError, Record, Waker};
+use crate::gateway::departures::{Departure, When, changes};
+use crate::gateway::live::Seat;
+use crate::gateway::wire::{Gone, Received, Wire};
+use crate::gateway::{Door, unix_ms};
+use crate::session::{
+    AttachOutcome, Content, Continuity, Effect, Opening, Session, Start, Ticket,
+};
+use crate::types::{AppId, ChannelKey, ChannelName, ErrorCode, ErrorInfo, Serial};
+use crate::wire::ably::{self, PresenceAction, PresenceMessage};
+use crate::wire::body::{decode_presence, encode_body, encode_presence};
+use crate::wire::entry;
+
+/// Records a follower hands out before another gets its turn.
+const POLL_RECORDS: usize = 64;
+
+struct Attachment {
+    slot: u32,
+    /// `None` when the client wants nothing of the channel.
+    follower: Option<Follower>,
+    /// What the client was told of the members is as of this: presence records up to it say nothing new.
+    members_as_of: Option<Serial>,
+}
+
+/// What came of something that the conversation waited for.
+enum Done {
+    Published(Ticket, Result<Serial, ErrorInfo>),
+    Members(ChannelName, Result<Vec<PresenceMessage>, ErrorInfo>),
+    Attended,
+}
+
+type Doing = Pin<Box<dyn Future<Output = Done> + Send>>;
+
+pub(super) struct Conversation<W> {
+    app: AppId,
+    session: Session,
+    wire: W,
+    door: Door,
+    waker: Arc<Waker>,
+    attachments: HashMap<ChannelName, Attachment>,
+    slots: HashMap<u32, ChannelName>,
+    next_slot: u32,
+    /// Bounded by the session's limits on unanswered publishes and on channels.
+    doing: FuturesUnordered<Doing>,
+    /// Slots of followers that had more than their share, to go on with when everything else had its turn.
+    unfinished: BTreeSet<u32>,
+    /// Who is talking, for as long as the registry agrees.
+    identity: Identity,
+}
+
+impl<W: Wire> Conversation<W> {
+    pub(super) fn new(door: Door, opening: Opening, wire: W) -> Self {
+        let identity = opening.identity.clone();
+        Self {
+            app: identity.app.clone(),
+            session: Session::new(opening, unix_ms()),
+            wire,
+            door,
+            waker: Arc::default(),
+            attachments: HashMap::new(),
+            slots: HashMap::new(),
+            next_slot: 0,
+            doing: FuturesUnordered::new(),
+            unfinished: BTreeSet::new(),
+            identity,
+        }
+    }
+
+    /// Goes on until either side ends it. Whom the client leaves behind on its channels leaves in time.
+    pub(super) async fn run(mut self, seat: Seat, token: CancellationToken) {
+        self.converse(&seat, &token).await;
+        let grace = Duration::from_millis(self.session.remain_present_for_ms());
+        for (channel, members) in self.session.handle_gone(unix_ms()) {
+            let departure = self.departure(channel, members);
+            let when = When::UnlessAttended(grace);
+            self.door.departures.leave(departure, when);
+        }
+    }
+
+    async fn converse(&mut self, seat: &Seat, token: &CancellationToken) {
+        let mut draining = false;
+        let mut taken_over = false;
+        let mut keys = self.door.keys.changes();
+        while self.carry_out().await.is_ok() && !self.session.is_closed() {
+            let deadline = self.session.next_deadline();
+            let has_room = self.session.has_room();
+            let stepped = tokio::select! {
+                // Unread frames wait in the client's socket: that is what slows a fast publisher down.
+                received = self.wire.receive(), if has_room => self.on_received(received),
+                slots = self.waker.ready() => self.on_ready(slots).await,
+                () = std::future::ready(()), if !self.unfinished.is_empty() => {
+                    let slots = std::mem::take(&mut self.unfinished);
+                    self.on_ready(slots).await
+                }
+                Some(done) = self.doing.next(), if !self.doing.is_empty() => {
+                    self.on_done(done);
+                    Ok(())
+                }
+                () = sleep_until(deadline) => {
+                    self.session.handle_tick(unix_ms());
+                    Ok(())
+                }
+                () = keys.changed() => {
+                    self.review();
+                    Ok(())
+                }
+                () = seat.superseded(), if !taken_over => {
+                    taken_over = true;
+                    self.session.handle_taken_over(unix_ms());
+                    Ok(())
+                }
+                () = token.cancelled(), if !draining => {
+                    draining = true;
+                    self.session.handle_drain(unix_ms());
+                    Ok(())
+                }
+            };
+            if stepped.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn on_received(&mut self, received: Received) -> Result<(), Gone> {
+        match received {
+            Received::Bytes(bytes) => match ably::decode(self.wire.format(), &bytes) {
+                Ok(frame) => self.session.handle_frame(frame, unix_ms()),
+                Err(err) => self.session.handle_undecodable(err, unix_ms()),
+            },
+            Received::Frame(frame) => self.session.handle_frame(*frame, unix_ms()),
+            Received::TooLarge => self.session.handle_too_large(unix_ms()),
+            Received::Nothing => {}
+            Received::Gone => return Err(Gone),
+        }
+        Ok(())
+    }
+
+    fn on_done(&mut self, done: Done) {
+        match done {
+            Done::Published(ticket, outcome) => {
+                self.session.handle_published(ticket, outcome, unix_ms());
+            }
+            Done::Members(channel, members) => {
+                self.session.handle_members(&channel, members, unix_ms());
+            }
+            Done::Attended => {}
+        }
+    }
+
+    /// The registry changed: whether the client may still be here.
+    fn review(&mut self) {
+        match self.door.keys.review(&self.identity, unix_ms()) {
+            Ok(None) => {}
+            Ok(Some(at_ms)) => self.session.handle_revocation_at(at_ms, unix_ms()),
+            Err(_) => self.session.handle_revoked(unix_ms()),
+        }
+    }
+
+    /// Carries out the session's effects in order, and writes what they gathered.
+    async fn carry_out(&mut self) -> Result<(), Gone> {
+        while let Some(effect) = self.session.poll_effect() {
+            match effect {
+                Effect::Send(frame) => self.wire.send(&frame).await?,
+                Effect::Publish {
+                    ticket,
+                    channel,
+                    id,
+                    content,
+                    ephemeral,
+                } => self.publish(ticket, channel, id, &content, ephemeral),
+                Effect::Attach {
+                    channel,
+                    start,
+                    subscribe,
+                    presence_subscribe,
+                    members,
+                    in_place,
+                    ..
+                } => {
+                    let wanted = subscribe || presence_subscribe || members;
+                    let outcome = self.attach(&channel, start, wanted, members, in_place);
+                    self.session.handle_attached(&channel, outcome, unix_ms());
+                }
+                Effect::Detach { channel } => {
+                    if let Some(attachment) = self.attachments.remove(&channel) {
+                        self.slots.remove(&attachment.slot);
+                    }
+                    self.session.handle_detached(&channel, unix_ms());
+                }
+                Effect::Attend { channel } => self.attend(channel),
+                Effect::Depart { channel, members } => {
+                    let departure = self.departure(channel, members);
+                    self.door.departures.leave(departure, When::Now);
+                }
+                Effect::Members { channel } => self.read_members(channel),
+                Effect::Authenticate { token } => {
+                    let keys = &self.door.keys;
+                    let outcome = keys.renew(&self.identity, token, unix_ms());
+                    if let Ok(identity) = &outcome {
+                        self.identity = identity.clone();
+                    }
+                    self.session.handle_authenticated(outcome, unix_ms());
+                }
+                Effect::Close { code } => {
+                    self.wire.flush().await?;
+                    self.wire.close(code).await;
+                    return Err(Gone);
+                }
+            }
+        }
+        self.wire.flush().await
+    }
+
+    fn key(&self, channel: ChannelName) -> ChannelKey {
+        ChannelKey {
+            app: self.app.clone(),
+            name: channel,
+        }
+    }
+
+    fn departure(&self, channel: ChannelName, members: Vec<PresenceMessage>) -> Departure {
+        Departure {
+            key: self.key(channel),
+            connection_id: self.session.connection_id().to_owned(),
+            members,
+        }
+    }
+
+    fn publish(
+        &self,
+        ticket: Ticket,
+        channel: ChannelName,
+        id: String,
+        content: &Content,
+        ephemeral: bool,
+    ) {
+        let (count, body, presence) = match content {
+            Content::Messages(messages) => (messages.len(), encode_body(messages), None),
+            Content::Presence(events) => {
+                let presence = entry::Presence {
+                    changes: changes(events),
+                    members_max: u32::try_from(self.door.members_max).unwrap_or(u32::MAX),
+                    ..entry::Presence::default()
+                };
+                (events.len(), encode_presence(events), Some(presence))
+            }
+        };
+        let is_presence = presence.is_some();
+        let publish = Publish {
+            key: self.key(channel),
+            id,
+            connection_id: self.session.connection_id().to_owned(),
+            count: u32::try_from(count).unwrap_or(u32::MAX),
+            body,
+            source: None,
+            presence,
+            ephemeral,
+        };
+        let published = self.door.broker.publish(publish);
+        self.doing.push(Box::pin(async move {
+            let outcome = match published.outcome().await {
+                Ok((Some(serial), _)) => Ok(serial),
+                // Presence that changed nothing made no record, and is as good as stored.
+                Ok((None, _)) if is_presence => Ok(Serial::default()),
+                Ok((None, _)) => Err(ErrorCode::Internal.into()),
+                Err(err) => Err(PublishError::into(err)),
+            };
+            Done::Published(ticket, outcome)
+        }));
+    }
+
+    /// Repeated by the next attach or enter when it is not heard, and until then by nobody: the grace is far longer.
+    fn attend(&self, channel: ChannelName) {
+        let connection_id = self.session.connection_id();
+        let key = self.key(channel);
+        let attended = self.door.broker.attend(key.clone(), connection_id);
+        self.doing.push(Box::pin(async move {
+            if let Err(err) = attended.outcome().await {
+                tracing::warn!(channel = %key, error = %err, "members of a resumed connection are not attended yet");
+            }
+            Done::Attended
+        }));
+    }
+
+    fn read_members(&self, channel: ChannelName) {
+        let (broker, key) = (self.door.broker.clone(), self.key(channel.clone()));
+        self.doing.push(Box::pin(async move {
+            Done::Members(channel, broker.members(&key).await)
+        }));
+    }
+
+    fn attach(
+        &mut self,
+        channel: &ChannelName,
+        start: Start,
+        wanted: bool,
+        members: bool,
+        in_place: bool,
+    ) -> AttachOutcome {
+        let former = self.attachments.remove(channel);
+        if let Some(attachment) = &former {
+            self.slots.remove(&attachment.slot);
+        }
+        let standing = former.and_then(|attachment| attachment.follower);
+        let from = match (&standing, in_place, start) {
+            (Some(follower), true, _) => From::After(follower.cursor()),
+            (_, _, Start::Present) => From::Present,
+            (_, _, Start::After(serial)) => From::After(serial),
+            (_, _, Start::Rewind { count, within_ms }) => From::Rewind { count, within_ms },
+        };
+        let slot = self.next_slot;
+        self.next_slot = self.next_slot.wrapping_add(1);
+        let key = self.key(channel.clone());
+        let start = broker::Start { from, members };
+        let started = (self.door.broker).follow(key, start, self.waker.clone(), slot);
+        let at = started.follower.cursor();
+        let continuity = match started.continuity {
+            broker::Continuity::Fresh { backlog } => Continuity::Fresh { backlog },
+            broker::Continuity::Resumed { backlog } => Continuity::Resumed { backlog },
+            broker::Continuity::Lost => Continuity::Lost,
+        };
+        let attachment = Attachment {
+            slot,
+            follower: wanted.then_some(started.follower),
+            members_as_of: members.then_some(started.as_of),
+        };
+        self.attachments.insert(channel.clone(), attachment);
+        self.slots.insert(slot, channel.clone());
+        AttachOutcome {
+            at,
+            continuity,
+            members: started.members,
+        }
+    }
+
+    /// Sends a share of what each woken follower finds; whoever has more goes on when everything else had its turn.
+    async fn on_ready(&mut self, slots: impl IntoIterator<Item = u32>) -> Result<(), Gone> {
+        for slot in slots {
+            if self.send_records(slot).await? {
+                self.unfinished.insert(slot);
+            } else {
+                self.unfinished.remove(&slot);
+            }
+        }
+        self.wire.flush().await
+    }
+
+    /// Whether the follower may have more at once.
+    async fn send_records(&mut self, slot: u32) -> Result<bool, Gone> {
+        let Some(channel) = self.slots.get(&slot).cloned() else {
+            return Ok(false);
+        };
+        let Some(attachment) = self.attachments.get_mut(&channel) else {
+            return Ok(false);
+        };
+        let Some(follower) = &mut attachment.follower else {
+            return Ok(false);
+        };
+        let polled = match follower.poll(POLL_RECORDS).await {
+            Ok(polled) => polled,
+            Err(lost) => {
+                let (at, error) = (lost.at, &lost.error);
+                (self.session).handle_discontinuity(&channel, at, error, unix_ms());
+                return Ok(false);
+            }
+        };
+        let at = follower.cursor();
+        let members_as_of = attachment.members_as_of;
+        let mut unreadable = false;
+        for record in polled.records {
+            let told = record.is_presence() && members_as_of.is_some_and(|as_of| record.at.serial <= as_of);
+            if told {
+                continue;
+            }
+            let left = self.own_members_left(&record);
+            match self.bytes_for(&channel, &record, !left.is_empty()) {
+                Some(bytes) if bytes.is_empty() => unreadable = true,
+                Some(bytes) => {
+                    self.wire.send_bytes(bytes).await?;
+                    self.session.handle_sent(unix_ms());
+                }
+                None => {}
+            }
+            for client_id in left {
+                (self.session).handle_member_left(&channel, &client_id, unix_ms());
+            }
+        }
+        if unreadable {
+            let what = "a message is stored in a form that this node cannot read";
+            let error = ErrorInfo::new(ErrorCode::ContinuityLost, what);
+            (self.session).handle_discontinuity(&channel, at, &error, unix_ms());
+        }
+        Ok(polled.more)
+    }
+
+    /// What of a record the client gets, if anything.
+    fn bytes_for(&self, channel: &ChannelName, record: &Record, about_own: bool) -> Option<Bytes> {
+        let delivery = self.session.delivery(channel)?;
+        let own = record.publish.connection_id == self.session.connection_id();
+        let wanted = match record.is_presence() {
+            true => delivery.presence || own || about_own,
+            false => delivery.messages && (delivery.echo || !own),
+        };
+        if !wanted {
+            return None;
+        }
+        let format = self.wire.format();
+        if delivery.name == channel.as_str() {
+            return Some(record.frame(format).clone());
+        }
+        Some(record.frame_as(delivery.name, format))
+    }
+
+    /// Members of this connection that somebody else had leave.
+    fn own_members_left(&self, record: &Record) -> Vec<String> {
+        let own = self.session.connection_id();
+        let presence = record.publish.presence.as_ref();
+        let by_others = presence.filter(|_| record.publish.connection_id != own);
+        let changes = by_others.into_iter().flat_map(|presence| &presence.changes);
+        let leave = PresenceAction::Leave.number();
+        changes
+            .filter(|change| change.connection_id == own && i64::from(change.action) == leave)
+            .map(|change| change.client_id.clone())
+            .collect()
+    }
+}
+
+async fn sleep_until(deadline_ms: Option<u64>) {
+    match deadline_ms {
+        Some(deadline) => {
+            tokio::time::sleep(Duration::from_millis(deadline.saturating_sub(unix_ms()))).await;
+        }
+        None => std::future::pending().await,
+    }
+}
