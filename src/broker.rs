@@ -157,15 +157,22 @@ impl Broker {
         Follower::start(self.cluster.clone(), &self.hub, key, from, waker, slot)
     }
 
+    /// Has tokens count no more, on every node as soon as it hears of it.
+    ///
+    /// # Errors
+    /// When there is no such key, its tokens cannot be revoked, the app has revoked too much, or the control group is not
+    /// reached.
+    pub async fn revoke_tokens(&self, change: control::RevokeTokens) -> Result<(), CommandError> {
+        let command = control::entry::Command::RevokeTokens(change);
+        self.cluster.command(command).await
+    }
+
     /// What of a channel is retained.
     fn rule(&self, key: &ChannelKey) -> control::Namespace {
         let registry = self.cluster.registry();
         let registry = registry.borrow();
-        let bootstrap = registry.bootstrap.as_ref();
-        let apps = bootstrap.into_iter().flat_map(|bootstrap| &bootstrap.apps);
-        let mut namespaces = apps
-            .filter(|app| app.id == key.app.as_str())
-            .flat_map(|app| &app.namespaces);
+        let app = registry.apps.get(&key.app);
+        let mut namespaces = app.into_iter().flat_map(|app| &app.namespaces);
         let rule = namespaces.find(|namespace| namespace.id == key.name.namespace());
         rule.cloned().unwrap_or_else(|| control::Namespace {
             retention_ms: RETENTION_DEFAULT_MS,

@@ -4,6 +4,7 @@
 //! membership changes.
 
 mod admission;
+mod apps;
 mod balance;
 mod clock;
 mod compare;
@@ -17,6 +18,7 @@ mod replica;
 mod start;
 mod upkeep;
 
+pub use apps::AppError;
 pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};

@@ -173,7 +173,7 @@ impl Session {
     fn details(&self, connection_key: String, node: NodeId) -> ConnectionDetails {
         let bytes = |n: usize| u64::try_from(n).ok();
         ConnectionDetails {
-            client_id: Some(self.identity.client_id.as_str().to_owned()),
+            client_id: self.identity.client_id.as_str().map(str::to_owned),
             connection_key: Some(connection_key),
             max_message_size: bytes(self.limits.max_message_bytes),
             max_frame_size: bytes(self.limits.max_frame_bytes),

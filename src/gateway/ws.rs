@@ -23,7 +23,7 @@ use tokio_tungstenite::tungstenite::protocol::{Role, WebSocketConfig};
 use tokio_tungstenite::tungstenite::{self, Message};
 use tokio_util::sync::CancellationToken;
 
-use crate::auth::{ClientId, Credential, Identity};
+use crate::auth::Presented;
 use crate::broker::{self, Follower, Publish, PublishError, Waker};
 use crate::gateway::live::Seat;
 use crate::gateway::rest::{Pairs, find, pairs};
@@ -153,14 +153,9 @@ fn open(
     authorization: Option<&str>,
 ) -> Result<Opening, ErrorInfo> {
     let token = find(query, &["accessToken", "access_token"]);
-    let credential = Credential::from_request(authorization, find(query, &["key"]), token)?;
-    let key = door.keys.authenticate(&credential)?;
-    let identity = Identity {
-        client_id: ClientId::of_key(params.client_id.as_deref())?,
-        app: key.app,
-        key_id: key.id,
-        capability: key.capability,
-    };
+    let presented = Presented::from_request(authorization, find(query, &["key"]), token)?;
+    let wanted = params.client_id.as_deref();
+    let identity = door.keys.authenticate(&presented, wanted)?;
     let keys = door.keys.connections()?;
     let resumed = params
         .resume_key()
