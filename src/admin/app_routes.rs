@@ -1,11 +1,10 @@
 //! What the admin listener does with apps.
 
 use axum::body::Bytes;
-use axum::extract::{Path, Query, State};
+use axum::extract::{Path, RawQuery, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::admin::apps::{self, App};
@@ -13,19 +12,10 @@ use crate::admin::{Answer, Known, answer, refuse};
 use crate::cluster::{AppError, CommandError};
 use crate::types::AppId;
 
-/// What may be said beside the app.
-#[derive(Debug, Default, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub(super) struct How {
-    /// Whatever was there with its id is gone.
-    #[serde(default)]
-    replace: bool,
-}
-
-/// Creates an app; the answer is the only one with its secrets.
+/// Creates an app; the answer is the only one with its secrets. With `?replace=true`, whatever was there with its id is gone.
 pub(super) async fn create(
     State(known): State<Known>,
-    how: Result<Query<How>, axum::extract::rejection::QueryRejection>,
+    RawQuery(query): RawQuery,
     headers: HeaderMap,
     body: Bytes,
 ) -> Answer {
@@ -33,11 +23,13 @@ pub(super) async fn create(
         Ok(serving) => serving,
         Err(answer) => return answer,
     };
-    let Ok(Query(how)) = how else {
-        return refuse(
-            StatusCode::BAD_REQUEST,
-            "the query may say `replace=true` only",
-        );
+    let replace = match query.as_deref() {
+        None | Some("" | "replace=false") => false,
+        Some("replace=true") => true,
+        Some(_) => {
+            let what = "the query may say `replace=true` only";
+            return refuse(StatusCode::BAD_REQUEST, what);
+        }
     };
     // A page in an operator's browser cannot send this type here without asking first, and is not answered then.
     let kind = headers.get(header::CONTENT_TYPE);
@@ -52,7 +44,7 @@ pub(super) async fn create(
         Err(err) => return refuse(StatusCode::BAD_REQUEST, &err.to_string()),
     };
     let shown = App::of(&app, true);
-    match serving.broker.cluster().put_app(app, how.replace).await {
+    match serving.broker.cluster().put_app(app, replace).await {
         Ok(()) => answer(StatusCode::CREATED, &shown),
         Err(err) => refused(&err),
     }
