@@ -190,6 +190,16 @@ impl Broker {
     pub fn follow(&self, key: ChannelKey, start: Start, waker: Arc<Waker>, slot: u32) -> Started {
         Follower::start(self.cluster.clone(), &self.hub, key, start, waker, slot)
     }
+
+    /// Has tokens count no more, on every node as soon as it hears of it.
+    ///
+    /// # Errors
+    /// When there is no such key, its tokens cannot be revoked, the app has revoked too much, or the control group is not
+    /// reached.
+    pub async fn revoke_tokens(&self, change: control::RevokeTokens) -> Result<(), CommandError> {
+        let command = control::entry::Command::RevokeTokens(change);
+        self.cluster.command(command).await
+    }
 }
 
 /// What only the bridge asks for.

@@ -4,6 +4,7 @@
 //! membership changes.
 
 mod admission;
+mod apps;
 mod attendance;
 mod balance;
 mod clock;
@@ -19,6 +20,7 @@ mod start;
 mod upkeep;
 
 pub use attendance::left_id;
+pub use apps::AppError;
 pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};

@@ -178,7 +178,7 @@ impl Session {
     fn send_connected(&mut self, error: Option<ErrorInfo>, now_ms: u64) {
         let bytes = |n: usize| u64::try_from(n).ok();
         let details = ConnectionDetails {
-            client_id: told_client_id(&self.identity.client_id).map(str::to_owned),
+            client_id: self.identity.client_id.as_str().map(str::to_owned),
             connection_key: Some(self.connection_key.clone()),
             max_message_size: bytes(self.limits.max_message_bytes),
             max_frame_size: bytes(self.limits.max_frame_bytes),

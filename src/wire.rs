@@ -27,8 +27,31 @@ pub mod entry {
 pub mod control {
     include!(concat!(env!("OUT_DIR"), "/firth.control.v1.rs"));
 
-    /// Version of [`Entry`] and [`Snapshot`] that this build writes, and the newest it applies.
-    pub const VERSION: u32 = 1;
+    /// Version of [`Entry`] and [`Snapshot`] that this build writes, and the newest it applies. 2: apps change.
+    pub const VERSION: u32 = 2;
+
+    /// Without the secret.
+    impl std::fmt::Debug for Key {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("Key")
+                .field("id", &self.id)
+                .field("capability", &self.capability)
+                .field("revocable_tokens", &self.revocable_tokens)
+                .finish_non_exhaustive()
+        }
+    }
+
+    /// Without the secret.
+    impl std::fmt::Debug for Bootstrap {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.debug_struct("Bootstrap")
+                .field("cluster_id", &self.cluster_id)
+                .field("shards", &self.shards)
+                .field("apps", &self.apps)
+                .field("bridges", &self.bridges)
+                .finish_non_exhaustive()
+        }
+    }
 }
 
 /// What nodes say to each other (`proto/firth/peer.proto`).

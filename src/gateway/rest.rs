@@ -8,7 +8,7 @@ use axum::routing::get;
 use percent_encoding::percent_decode_str;
 use serde::Serialize;
 
-use crate::auth::{ClientId, Credential, Identity, Operation};
+use crate::auth::{ClientId, Identity, Operation, Presented};
 use crate::broker::Publish;
 use crate::gateway::answer::{self, answer, body_format, failure, wanted_format};
 use crate::gateway::history::Query;
@@ -106,18 +106,14 @@ impl Asked {
     }
 
     fn identity(&self, door: &Door) -> Result<Identity, ErrorInfo> {
-        let credential = Credential::from_request(
+        let presented = Presented::from_request(
             self.header("authorization"),
             find(&self.pairs, &["key"]),
             find(&self.pairs, &["accessToken", "access_token"]),
         )?;
-        let key = door.keys.authenticate(&credential)?;
-        Ok(Identity {
-            app: key.app,
-            key_id: key.id,
-            client_id: ClientId::of_key_and_header(self.header("x-ably-clientid"))?,
-            capability: key.capability,
-        })
+        let wanted = self.header("x-ably-clientid");
+        let wanted = wanted.map(ClientId::in_header).transpose()?;
+        door.keys.authenticate(&presented, wanted.as_deref())
     }
 
     fn finish(&self, result: Result<Answer, ErrorInfo>) -> Answer {

@@ -26,6 +26,7 @@ fn opening(capability: &str, client_id: &str) -> Opening {
             key_id: "key".into(),
             client_id: ClientId::of_key(Some(client_id)).unwrap(),
             capability: Arc::new(Capability::parse(capability).unwrap()),
+            token: None,
         },
         limits: Limits {
             max_channels: 3,
