@@ -143,6 +143,7 @@ impl Broker {
             body: Bytes::new(),
             source: None,
             presence: Some(entry::Presence::default()),
+            ephemeral: false,
         })
     }
 

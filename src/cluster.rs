@@ -19,8 +19,8 @@ mod replica;
 mod start;
 mod upkeep;
 
-pub use attendance::left_id;
 pub use apps::AppError;
+pub use attendance::left_id;
 pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};

@@ -398,6 +398,7 @@ impl File {
                 listen: self.listen.client,
                 connections_max: self.limits.connections,
                 limits,
+                members_max: gateway::MEMBERS_MAX,
             },
             bridge: bridge::Options::default(),
             admin: admin::Options {

@@ -345,7 +345,9 @@ impl Session {
             return;
         }
         let presence = &mut self.presence;
-        let reply = self.attachments.on_attached(channel, outcome, presence, now_ms);
+        let reply = self
+            .attachments
+            .on_attached(channel, outcome, presence, now_ms);
         self.apply(reply, now_ms);
     }
 
@@ -357,7 +359,9 @@ impl Session {
         error: &ErrorInfo,
         now_ms: u64,
     ) {
-        let reply = self.attachments.on_failed(channel, error, &mut self.presence);
+        let reply = self
+            .attachments
+            .on_failed(channel, error, &mut self.presence);
         self.apply(reply, now_ms);
     }
 
@@ -376,7 +380,9 @@ impl Session {
         error: &ErrorInfo,
         now_ms: u64,
     ) {
-        let reply = self.attachments.on_discontinuity(channel, at, members, error, now_ms);
+        let reply = self
+            .attachments
+            .on_discontinuity(channel, at, members, error, now_ms);
         self.apply(reply, now_ms);
     }
 
@@ -420,7 +426,9 @@ impl Session {
                 self.identity = identity;
                 self.send_connected(None, now_ms);
                 let capability = &self.identity.capability;
-                let effects = self.attachments.on_capability(capability, &mut self.presence);
+                let effects = self
+                    .attachments
+                    .on_capability(capability, &mut self.presence);
                 self.apply(effects, now_ms);
             }
             Err(error) => self.on_not_authenticated(error, now_ms),
@@ -538,9 +546,7 @@ impl Session {
         };
         let channel = QualifiedName::parse(text);
         let wanted = match &channel {
-            Ok(channel) => {
-                Wanted::of_frame(frame, channel, &self.identity.capability, self.echo)
-            }
+            Ok(channel) => Wanted::of_frame(frame, channel, &self.identity.capability, self.echo),
             Err(error) => Err(error.clone()),
         };
         let name = channel.map(|channel| channel.name);
@@ -552,7 +558,8 @@ impl Session {
             }
             (Err(error), name) => {
                 let presence = &mut self.presence;
-                self.attachments.on_refused(name.ok().as_ref(), text, &error, presence)
+                self.attachments
+                    .on_refused(name.ok().as_ref(), text, &error, presence)
             }
         };
         self.apply(reply, now_ms);
@@ -563,7 +570,9 @@ impl Session {
             return self.fail_bad("DETACH names no channel", now_ms);
         };
         let name = QualifiedName::parse(text).ok().map(|channel| channel.name);
-        let reply = self.attachments.on_detach(name.as_ref(), text, &mut self.presence);
+        let reply = self
+            .attachments
+            .on_detach(name.as_ref(), text, &mut self.presence);
         self.apply(reply, now_ms);
     }
 

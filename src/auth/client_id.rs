@@ -103,8 +103,6 @@ impl ClientId {
             (Self::Exactly(_), Some(_)) => {
                 Err(invalid("message has another client id than its connection"))
             }
-            (Self::Anonymous, None) => Ok(None),
-            (Self::Anonymous, Some(_)) => Err(invalid(
                 "message has a client id and its connection has none",
             )),
         }

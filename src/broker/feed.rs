@@ -59,20 +59,24 @@ impl Record {
             Format::Json => &self.json,
             Format::MsgPack => &self.msgpack,
         };
-        frame.get_or_init(|| {
-            let (serial, stamp_ms) = (self.at.serial, self.at.stamp_ms);
-            let frame = match self.is_presence() {
-                true => body::presence_frame,
-                false => body::record_frame,
-            };
-            match frame(&self.publish.channel, serial, &self.publish, stamp_ms) {
-                Ok(frame) => ably::encode(format, &frame),
-                Err(err) => {
-                    tracing::error!(%serial, error = %err, "a stored body cannot be read");
-                    Bytes::new()
-                }
+        frame.get_or_init(|| self.frame_as(&self.publish.channel, format))
+    }
+
+    /// The same for a client that knows the channel by this name. Not kept.
+    #[must_use]
+    pub fn frame_as(&self, name: &str, format: Format) -> Bytes {
+        let (serial, stamp_ms) = (self.at.serial, self.at.stamp_ms);
+        let frame = match self.is_presence() {
+            true => body::presence_frame,
+            false => body::record_frame,
+        };
+        match frame(name, serial, &self.publish, stamp_ms) {
+            Ok(frame) => ably::encode(format, &frame),
+            Err(err) => {
+                tracing::error!(%serial, error = %err, "a stored body cannot be read");
+                Bytes::new()
             }
-        })
+        }
     }
 }
 

@@ -24,6 +24,8 @@ pub struct Publish {
     /// Set when `body` holds presence events: what they change. Who attends the connection is filled in here: this
     /// process.
     pub presence: Option<entry::Presence>,
+    /// Delivered, but no part of history, whatever the channel's rule.
+    pub ephemeral: bool,
 }
 
 /// Why a publish has no serial.
@@ -127,7 +129,7 @@ impl Publish {
             retention_ms: rule.retention_ms,
             retention_bytes: rule.retention_bytes,
             last_only: rule.last_only,
-            ephemeral: rule.ephemeral,
+            ephemeral: rule.ephemeral || self.ephemeral,
             moved: None,
             presence,
         }

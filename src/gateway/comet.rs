@@ -208,11 +208,7 @@ impl Mailbox {
     }
 
     /// Waits until the condition holds, which is looked at whenever `changed` is notified.
-    async fn until<T>(
-        &self,
-        changed: &Notify,
-        mut look: impl FnMut(&mut Inner) -> Option<T>,
-    ) -> T {
+    async fn until<T>(&self, changed: &Notify, mut look: impl FnMut(&mut Inner) -> Option<T>) -> T {
         loop {
             let notified = changed.notified();
             tokio::pin!(notified);
@@ -261,7 +257,8 @@ impl Receiving {
             Err(nothing) => return nothing,
         };
         self.mailbox.taken.notify_waiters();
-        let mut array = BytesMut::with_capacity(frames.iter().map(|f| f.len() + 1).sum::<usize>() + 2);
+        let mut array =
+            BytesMut::with_capacity(frames.iter().map(|f| f.len() + 1).sum::<usize>() + 2);
         array.extend_from_slice(b"[");
         for (nth, frame) in frames.iter().enumerate() {
             if nth > 0 {

@@ -18,13 +18,11 @@ use crate::broker::{self, Follower, From, Publish, PublishError, Record, Waker};
 use crate::gateway::departures::{Departure, When, changes};
 use crate::gateway::live::Seat;
 use crate::gateway::wire::{Gone, Received, Wire};
-use crate::gateway::{Door, unix_ms};
-use crate::session::{
-    AttachOutcome, Content, Continuity, Effect, Opening, Session, Start, Ticket,
-};
+use crate::gateway::{Door, steady_ms};
+use crate::session::{AttachOutcome, Content, Continuity, Effect, Opening, Session, Start, Ticket};
 use crate::types::{AppId, ChannelKey, ChannelName, ErrorCode, ErrorInfo, Serial};
 use crate::wire::ably::{self, PresenceAction, PresenceMessage};
-use crate::wire::body::{decode_presence, encode_body, encode_presence};
+use crate::wire::body::{encode_body, encode_presence};
 use crate::wire::entry;
 
 /// Records a follower hands out before another gets its turn.
@@ -40,7 +38,8 @@ struct Attachment {
 
 /// What came of something that the conversation waited for.
 enum Done {
-    Published(Ticket, Result<Serial, ErrorInfo>),
+    /// `None`: presence that changed nothing.
+    Published(Ticket, Result<Option<Serial>, ErrorInfo>),
     Members(ChannelName, Result<Vec<PresenceMessage>, ErrorInfo>),
     Attended,
 }
@@ -69,7 +68,7 @@ impl<W: Wire> Conversation<W> {
         let identity = opening.identity.clone();
         Self {
             app: identity.app.clone(),
-            session: Session::new(opening, unix_ms()),
+            session: Session::new(opening, steady_ms()),
             wire,
             door,
             waker: Arc::default(),
@@ -86,10 +85,10 @@ impl<W: Wire> Conversation<W> {
     pub(super) async fn run(mut self, seat: Seat, token: CancellationToken) {
         self.converse(&seat, &token).await;
         let grace = Duration::from_millis(self.session.remain_present_for_ms());
-        for (channel, members) in self.session.handle_gone(unix_ms()) {
+        for (channel, members) in self.session.handle_gone(steady_ms()) {
             let departure = self.departure(channel, members);
             let when = When::UnlessAttended(grace);
-            self.door.departures.leave(departure, when);
+            self.door.departures.leave(&departure, when);
         }
     }
 
@@ -113,7 +112,7 @@ impl<W: Wire> Conversation<W> {
                     Ok(())
                 }
                 () = sleep_until(deadline) => {
-                    self.session.handle_tick(unix_ms());
+                    self.session.handle_tick(steady_ms());
                     Ok(())
                 }
                 () = keys.changed() => {
@@ -122,12 +121,12 @@ impl<W: Wire> Conversation<W> {
                 }
                 () = seat.superseded(), if !taken_over => {
                     taken_over = true;
-                    self.session.handle_taken_over(unix_ms());
+                    self.session.handle_taken_over(steady_ms());
                     Ok(())
                 }
                 () = token.cancelled(), if !draining => {
                     draining = true;
-                    self.session.handle_drain(unix_ms());
+                    self.session.handle_drain(steady_ms());
                     Ok(())
                 }
             };
@@ -140,11 +139,11 @@ impl<W: Wire> Conversation<W> {
     fn on_received(&mut self, received: Received) -> Result<(), Gone> {
         match received {
             Received::Bytes(bytes) => match ably::decode(self.wire.format(), &bytes) {
-                Ok(frame) => self.session.handle_frame(frame, unix_ms()),
-                Err(err) => self.session.handle_undecodable(err, unix_ms()),
+                Ok(frame) => self.session.handle_frame(frame, steady_ms()),
+                Err(err) => self.session.handle_undecodable(err, steady_ms()),
             },
-            Received::Frame(frame) => self.session.handle_frame(*frame, unix_ms()),
-            Received::TooLarge => self.session.handle_too_large(unix_ms()),
+            Received::Frame(frame) => self.session.handle_frame(*frame, steady_ms()),
+            Received::TooLarge => self.session.handle_too_large(steady_ms()),
             Received::Nothing => {}
             Received::Gone => return Err(Gone),
         }
@@ -154,10 +153,10 @@ impl<W: Wire> Conversation<W> {
     fn on_done(&mut self, done: Done) {
         match done {
             Done::Published(ticket, outcome) => {
-                self.session.handle_published(ticket, outcome, unix_ms());
+                self.session.handle_published(ticket, outcome, steady_ms());
             }
             Done::Members(channel, members) => {
-                self.session.handle_members(&channel, members, unix_ms());
+                self.session.handle_members(&channel, members, steady_ms());
             }
             Done::Attended => {}
         }
@@ -165,10 +164,10 @@ impl<W: Wire> Conversation<W> {
 
     /// The registry changed: whether the client may still be here.
     fn review(&mut self) {
-        match self.door.keys.review(&self.identity, unix_ms()) {
+        match self.door.keys.review(&self.identity, steady_ms()) {
             Ok(None) => {}
-            Ok(Some(at_ms)) => self.session.handle_revocation_at(at_ms, unix_ms()),
-            Err(_) => self.session.handle_revoked(unix_ms()),
+            Ok(Some(at_ms)) => self.session.handle_revocation_at(at_ms, steady_ms()),
+            Err(_) => self.session.handle_revoked(steady_ms()),
         }
     }
 
@@ -195,27 +194,27 @@ impl<W: Wire> Conversation<W> {
                 } => {
                     let wanted = subscribe || presence_subscribe || members;
                     let outcome = self.attach(&channel, start, wanted, members, in_place);
-                    self.session.handle_attached(&channel, outcome, unix_ms());
+                    self.session.handle_attached(&channel, outcome, steady_ms());
                 }
                 Effect::Detach { channel } => {
                     if let Some(attachment) = self.attachments.remove(&channel) {
                         self.slots.remove(&attachment.slot);
                     }
-                    self.session.handle_detached(&channel, unix_ms());
+                    self.session.handle_detached(&channel, steady_ms());
                 }
                 Effect::Attend { channel } => self.attend(channel),
                 Effect::Depart { channel, members } => {
                     let departure = self.departure(channel, members);
-                    self.door.departures.leave(departure, When::Now);
+                    self.door.departures.leave(&departure, When::Now);
                 }
                 Effect::Members { channel } => self.read_members(channel),
                 Effect::Authenticate { token } => {
                     let keys = &self.door.keys;
-                    let outcome = keys.renew(&self.identity, token, unix_ms());
+                    let outcome = keys.renew(&self.identity, token);
                     if let Ok(identity) = &outcome {
                         self.identity = identity.clone();
                     }
-                    self.session.handle_authenticated(outcome, unix_ms());
+                    self.session.handle_authenticated(outcome, steady_ms());
                 }
                 Effect::Close { code } => {
                     self.wire.flush().await?;
@@ -275,9 +274,8 @@ impl<W: Wire> Conversation<W> {
         let published = self.door.broker.publish(publish);
         self.doing.push(Box::pin(async move {
             let outcome = match published.outcome().await {
-                Ok((Some(serial), _)) => Ok(serial),
-                // Presence that changed nothing made no record, and is as good as stored.
-                Ok((None, _)) if is_presence => Ok(Serial::default()),
+                Ok((Some(serial), _)) => Ok(Some(serial)),
+                Ok((None, _)) if is_presence => Ok(None),
                 Ok((None, _)) => Err(ErrorCode::Internal.into()),
                 Err(err) => Err(PublishError::into(err)),
             };
@@ -375,16 +373,15 @@ impl<W: Wire> Conversation<W> {
         let polled = match follower.poll(POLL_RECORDS).await {
             Ok(polled) => polled,
             Err(lost) => {
-                let (at, error) = (lost.at, &lost.error);
-                (self.session).handle_discontinuity(&channel, at, error, unix_ms());
+                self.begin_anew(&channel, &lost.error);
                 return Ok(false);
             }
         };
-        let at = follower.cursor();
         let members_as_of = attachment.members_as_of;
         let mut unreadable = false;
         for record in polled.records {
-            let told = record.is_presence() && members_as_of.is_some_and(|as_of| record.at.serial <= as_of);
+            let told = record.is_presence()
+                && members_as_of.is_some_and(|as_of| record.at.serial <= as_of);
             if told {
                 continue;
             }
@@ -393,20 +390,29 @@ impl<W: Wire> Conversation<W> {
                 Some(bytes) if bytes.is_empty() => unreadable = true,
                 Some(bytes) => {
                     self.wire.send_bytes(bytes).await?;
-                    self.session.handle_sent(unix_ms());
+                    self.session.handle_sent(steady_ms());
                 }
                 None => {}
             }
             for client_id in left {
-                (self.session).handle_member_left(&channel, &client_id, unix_ms());
+                (self.session).handle_member_left(&channel, &client_id, steady_ms());
             }
         }
         if unreadable {
             let what = "a message is stored in a form that this node cannot read";
             let error = ErrorInfo::new(ErrorCode::ContinuityLost, what);
-            (self.session).handle_discontinuity(&channel, at, &error, unix_ms());
+            self.begin_anew(&channel, &error);
+            return Ok(false);
         }
         Ok(polled.more)
+    }
+
+    /// Records of an attached channel cannot be had: goes on from the present, and tells the client.
+    fn begin_anew(&mut self, channel: &ChannelName, error: &ErrorInfo) {
+        let members = (self.attachments.get(channel)).is_some_and(|it| it.members_as_of.is_some());
+        let begun = self.attach(channel, Start::Present, true, members, false);
+        let AttachOutcome { at, members, .. } = begun;
+        (self.session).handle_discontinuity(channel, at, members, error, steady_ms());
     }
 
     /// What of a record the client gets, if anything.
@@ -444,7 +450,7 @@ impl<W: Wire> Conversation<W> {
 async fn sleep_until(deadline_ms: Option<u64>) {
     match deadline_ms {
         Some(deadline) => {
-            tokio::time::sleep(Duration::from_millis(deadline.saturating_sub(unix_ms()))).await;
+            tokio::time::sleep(Duration::from_millis(deadline.saturating_sub(steady_ms()))).await;
         }
         None => std::future::pending().await,
     }

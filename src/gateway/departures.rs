@@ -3,8 +3,6 @@
 
 use std::time::Duration;
 
-use tokio_util::sync::CancellationToken;
-
 use crate::broker::{Broker, Publish, PublishError};
 use crate::stdx::Backoff;
 use crate::tasks::{OnError, Tasks};
@@ -50,37 +48,36 @@ impl Departures {
 
     /// Sees to it that the members leave. What the same connection published before is stored before; the rest is done
     /// when this has returned, and outlives the conversation.
-    pub(super) fn leave(&self, departure: Departure, when: When, cancelled: CancellationToken) {
+    pub(super) fn leave(&self, departure: &Departure, when: When) {
         if departure.members.is_empty() {
             return;
         }
-        let publish = self.publish(&departure, when != When::Now);
+        let publish = self.publish(departure, when != When::Now);
         let first = match when {
             // Handed in here and now, so that it keeps its place behind the connection's publishes.
             When::Now => Some(self.broker.publish(publish.clone())),
             When::UnlessAttended(_) => None,
         };
         let broker = self.broker.clone();
-        self.tasks.spawn("gateway.departure", OnError::Log, move |token| async move {
-            let done = async {
-                if let When::UnlessAttended(grace) = when {
-                    tokio::time::sleep(grace).await;
-                }
-                let outcome = match first {
-                    Some(first) => first.outcome().await,
-                    None => broker.publish(publish.clone()).outcome().await,
+        self.tasks
+            .spawn("gateway.departure", OnError::Log, move |token| async move {
+                let done = async {
+                    if let When::UnlessAttended(grace) = when {
+                        tokio::time::sleep(grace).await;
+                    }
+                    let outcome = match first {
+                        Some(first) => first.outcome().await,
+                        None => broker.publish(publish.clone()).outcome().await,
+                    };
+                    persist(&broker, &publish, outcome.err()).await;
                 };
-                persist(&broker, &publish, outcome.err()).await;
-            };
-            tokio::select! {
-                () = done => {}
-                // Back in time, on this node.
-                () = cancelled.cancelled() => {}
-                // Members of a node that is gone leave by themselves.
-                () = token.cancelled() => {}
-            }
-            Ok(())
-        });
+                tokio::select! {
+                    () = done => {}
+                    // Members of a node that is gone leave by themselves.
+                    () = token.cancelled() => {}
+                }
+                Ok(())
+            });
     }
 
     fn publish(&self, departure: &Departure, if_attended: bool) -> Publish {
@@ -134,7 +131,9 @@ async fn persist(broker: &Broker, publish: &Publish, mut error: Option<PublishEr
 /// What these events change among a channel's members.
 pub(super) fn changes(events: &[PresenceMessage]) -> Vec<entry::Change> {
     let change = |event: &PresenceMessage| entry::Change {
-        action: event.action.map_or(0, PresenceAction::number),
+        action: (event.action)
+            .and_then(|action| u32::try_from(action.number()).ok())
+            .unwrap_or_default(),
         client_id: event.client_id.clone().unwrap_or_default(),
         connection_id: event.connection_id.clone().unwrap_or_default(),
     };

@@ -1,7 +1,7 @@
 //! Pages of a channel's history.
 
 use crate::broker::Broker;
-use crate::types::{ChannelKey, ErrorCode, ErrorInfo, MessageSerial, Range, Serial};
+use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Kinds, MessageSerial, Range, Serial};
 use crate::wire::ably::Message;
 use crate::wire::body::record_messages;
 
@@ -108,7 +108,9 @@ impl Query {
     /// When the broker cannot answer.
     pub(super) async fn page(&self, broker: &Broker, key: &ChannelKey) -> Result<Page, ErrorInfo> {
         // The cursor's own record may be spent, and one message more tells whether there is a next page.
-        let (records, cut) = broker.history(key, &self.range(), self.limit + 2).await?;
+        let (records, cut) = broker
+            .history(key, &self.range(), Kinds::Messages, self.limit + 2)
+            .await?;
         let mut messages: Vec<(MessageSerial, Message)> = Vec::new();
         for record in records {
             let serial = record.at.serial;

@@ -3,10 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
+use tokio::sync::watch;
+
 use crate::auth::{
     AppKeys, Capability, ConnectionKeys, Identity, Key, Keyring, Presented, Revocations, Secret,
 };
 use crate::broker::Broker;
+use crate::cluster::Registry;
+use crate::tasks::Tasks;
 use crate::types::{AppId, ErrorCode, ErrorInfo};
 use crate::wire::control;
 
@@ -14,7 +18,43 @@ use crate::wire::control;
 #[derive(Clone, Debug)]
 pub(crate) struct Keys {
     broker: Broker,
+    seen: watch::Receiver<Arc<Seen>>,
     built: Arc<Mutex<Option<Built>>>,
+}
+
+/// What of the registry this is built from. The same when it is the very same.
+#[derive(Debug)]
+struct Seen {
+    apps: Arc<Apps>,
+    revocations: Arc<Revocations>,
+}
+
+impl Seen {
+    fn of(registry: &Registry) -> Self {
+        Self {
+            apps: registry.apps.clone(),
+            revocations: registry.revocations.clone(),
+        }
+    }
+}
+
+impl PartialEq for Seen {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.apps, &other.apps) && Arc::ptr_eq(&self.revocations, &other.revocations)
+    }
+}
+
+/// Follows who may be here.
+#[derive(Debug)]
+pub(crate) struct Changes(watch::Receiver<Arc<Seen>>);
+
+impl Changes {
+    /// Waits for the next change; for ever once the node stops. Cancel-safe.
+    pub(crate) async fn changed(&mut self) {
+        if self.0.changed().await.is_err() {
+            std::future::pending().await
+        }
+    }
 }
 
 type Apps = BTreeMap<AppId, Arc<control::App>>;
@@ -28,9 +68,41 @@ struct Built {
 }
 
 impl Keys {
-    pub(crate) fn new(broker: Broker) -> Self {
-        let built = Arc::default();
-        Self { broker, built }
+    pub(crate) fn new(broker: &Broker, tasks: &Tasks) -> Self {
+        Self {
+            broker: broker.clone(),
+            seen: broker.view(tasks, Seen::of),
+            built: Arc::default(),
+        }
+    }
+
+    /// Tells when who may be here has changed.
+    pub(crate) fn changes(&self) -> Changes {
+        let mut seen = self.seen.clone();
+        seen.mark_unchanged();
+        Changes(seen)
+    }
+
+    /// From when on a client that was let in may not be here any more; `None` when nothing is said against it.
+    ///
+    /// # Errors
+    /// When it may not be here now, as [`Keyring::review`].
+    pub(crate) fn review(
+        &self,
+        identity: &Identity,
+        now_ms: u64,
+    ) -> Result<Option<u64>, ErrorInfo> {
+        let (built, revocations) = self.built()?;
+        built.ring.review(identity, now_ms, &revocations)?;
+        Ok(revocations.applies_at(identity))
+    }
+
+    /// Who a client is that brings another token.
+    ///
+    /// # Errors
+    /// As [`Identity::renewed_by`].
+    pub(crate) fn renew(&self, identity: &Identity, token: Secret) -> Result<Identity, ErrorInfo> {
+        identity.renewed_by(self.authenticate(&Presented::Token(token), None))
     }
 
     /// Who presents this, and what it may do. `wanted` is the client id that it wants to be.

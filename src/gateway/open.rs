@@ -2,7 +2,7 @@
 
 use crate::auth::Presented;
 use crate::gateway::rest::{Pairs, find};
-use crate::gateway::{Door, random_id, unix_ms};
+use crate::gateway::{Door, random_id};
 use crate::session::{ConnectParams, Opening};
 use crate::types::{ErrorCode, ErrorInfo};
 
@@ -19,7 +19,7 @@ pub(super) fn open(
     let token = find(query, &["accessToken", "access_token"]);
     let presented = Presented::from_request(authorization, find(query, &["key"]), token)?;
     let wanted = params.client_id.as_deref();
-    let identity = door.keys.authenticate(&presented, wanted, unix_ms())?;
+    let identity = door.keys.authenticate(&presented, wanted)?;
     let keys = door.keys.connections()?;
     let resumed = params
         .resume_key()

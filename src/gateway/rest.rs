@@ -270,6 +270,8 @@ async fn store(door: &Door, asked: &Asked, channel: &str, body: Body) -> Result<
         count: u32::from(admission.count),
         body: encode_body(&admission.messages),
         source: None,
+        presence: None,
+        ephemeral: admission.ephemeral,
     };
     let (serial, _) = door.broker.publish(publish).outcome().await?;
     let serial = serial.ok_or(ErrorCode::Internal)?;

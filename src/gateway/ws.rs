@@ -109,7 +109,9 @@ async fn converse(
         }
     };
     let seat = door.live.take(&opening.connection_id);
-    Conversation::new(door, opening, wire).run(seat, token).await;
+    Conversation::new(door, opening, wire)
+        .run(seat, token)
+        .await;
 }
 
 /// The socket and its format.

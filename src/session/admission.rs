@@ -32,7 +32,9 @@ pub struct Admission {
 /// # Errors
 /// `InvalidConnectionKey` when messages of one publish name different connections.
 pub fn take_connection_key(messages: &mut [Message]) -> Result<Option<String>, ErrorInfo> {
-    let mut keys = messages.iter_mut().map(|message| message.connection_key.take());
+    let mut keys = messages
+        .iter_mut()
+        .map(|message| message.connection_key.take());
     let first = keys.next().flatten();
     let same = keys.fold(true, |same, key| same && key == first);
     if same {
@@ -78,7 +80,9 @@ pub fn admit(
     }
     let count = u16::try_from(messages.len()).expect("at most 1000 messages, checked above");
     Ok(Admission {
-        privileged: messages.iter().any(|m| extras::is_privileged(m.extras.as_ref())),
+        privileged: messages
+            .iter()
+            .any(|m| extras::is_privileged(m.extras.as_ref())),
         messages,
         count,
         base_id,
@@ -142,13 +146,21 @@ pub(super) fn check_presence(
 ) -> Result<Vec<PresenceMessage>, ErrorInfo> {
     let refused = |code, what: String| Err(ErrorInfo::new(code, what));
     if events.is_empty() {
-        return refused(ErrorCode::InvalidPublish, "frame holds no presence event".into());
+        return refused(
+            ErrorCode::InvalidPublish,
+            "frame holds no presence event".into(),
+        );
     }
     if events.len() > MESSAGES_MAX {
-        let what = format!("{} presence events in one frame; at most {MESSAGES_MAX}", events.len());
+        let what = format!(
+            "{} presence events in one frame; at most {MESSAGES_MAX}",
+            events.len()
+        );
         return refused(ErrorCode::TooManyMessages, what);
     }
-    let checked = events.into_iter().map(|event| check_event(event, client_id));
+    let checked = events
+        .into_iter()
+        .map(|event| check_event(event, client_id));
     let events = checked.collect::<Result<Vec<_>, _>>()?;
     let bytes: usize = events.iter().map(PresenceMessage::size).sum();
     if bytes > max_bytes {

@@ -72,7 +72,10 @@ impl Attachments {
     pub(super) fn delivery(&self, channel: &ChannelName) -> Option<Delivery<'_>> {
         let attachment = self.channels.get(channel)?;
         let wanted = &attachment.wanted;
-        let began = matches!(attachment.phase, Phase::Live | Phase::Attaching { in_place: true });
+        let began = matches!(
+            attachment.phase,
+            Phase::Live | Phase::Attaching { in_place: true }
+        );
         began.then_some(Delivery {
             name: &wanted.name,
             messages: wanted.has(flags::SUBSCRIBE),
@@ -180,9 +183,14 @@ impl Attachments {
         let next = attachment.then_attach.take();
         let mut effects = Vec::new();
         if found {
-            effects.push(Effect::Attend { channel: name.clone() });
+            effects.push(Effect::Attend {
+                channel: name.clone(),
+            });
         }
-        if next.as_ref().is_none_or(|next| next.name == attachment.wanted.name) {
+        if next
+            .as_ref()
+            .is_none_or(|next| next.name == attachment.wanted.name)
+        {
             self.syncs += 1;
             let token = sync::token(now_ms, self.syncs);
             effects.extend(attachment.attached(outcome, in_place, &token));
@@ -268,7 +276,9 @@ impl Attachments {
         match self.channels.get_mut(name) {
             Some(attachment) if attachment.can_sync() && !attachment.syncing => {
                 attachment.syncing = true;
-                vec![Effect::Members { channel: name.clone() }]
+                vec![Effect::Members {
+                    channel: name.clone(),
+                }]
             }
             _ => vec![],
         }
@@ -359,8 +369,14 @@ impl Attachment {
         if leaving {
             return vec![detached(former, None)];
         }
-        let text = format!("the channel was attached under another name, `{}`", wanted.name);
-        vec![channel_error(former, &ErrorInfo::new(ErrorCode::BadRequest, text))]
+        let text = format!(
+            "the channel was attached under another name, `{}`",
+            wanted.name
+        );
+        vec![channel_error(
+            former,
+            &ErrorInfo::new(ErrorCode::BadRequest, text),
+        )]
     }
 
     fn start(&mut self, name: &ChannelName, wanted: Wanted, in_place: bool) -> Effect {
@@ -372,7 +388,9 @@ impl Attachment {
     fn detach(&mut self, name: &ChannelName, answer: bool, presence: &mut Presence) -> Vec<Effect> {
         self.phase = Phase::Detaching { answer };
         let mut effects: Vec<Effect> = presence.depart(name).into_iter().collect();
-        effects.push(Effect::Detach { channel: name.clone() });
+        effects.push(Effect::Detach {
+            channel: name.clone(),
+        });
         effects
     }
 

@@ -26,7 +26,9 @@ pub(super) fn check(extras: Option<&Map<String, Value>>) -> Result<(), ErrorInfo
             return Err(invalid(format!("extras.{key} is not an object")));
         }
         if key == "ephemeral" && !value.is_boolean() {
-            return Err(invalid("extras.ephemeral is neither true nor false".to_owned()));
+            return Err(invalid(
+                "extras.ephemeral is neither true nor false".to_owned(),
+            ));
         }
     }
     Ok(())

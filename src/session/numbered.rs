@@ -28,7 +28,8 @@ impl Session {
         match self.answers.accept(msg_serial) {
             Accepted::Open(ticket) => match self.take_up(frame, msg_serial, ticket) {
                 Ok(accepting) => {
-                    self.answers.expect(ticket, accepting.count, accepting.without);
+                    self.answers
+                        .expect(ticket, accepting.count, accepting.without);
                     match accepting.publish {
                         Some(publish) => self.effects.push_back(publish),
                         None => self.answers.resolve(ticket, Ok(None)),

@@ -14,7 +14,9 @@ use crate::wire::ably::{PresenceAction, PresenceMessage};
 pub(super) enum Verdict {
     Stored,
     /// It did not happen and, with `later`, may succeed another time.
-    Refused { later: bool },
+    Refused {
+        later: bool,
+    },
     /// It may have happened. Believed where that keeps a member: to leave once too often changes nothing.
     Unknown,
 }
@@ -111,7 +113,10 @@ impl OwnMembers {
         for (place, mut event) in (0_u16..).zip(events) {
             let client_id = event.client_id.clone().unwrap_or_default();
             let asked_id = event.id.take();
-            let state = planned.states.get(&client_id).or_else(|| self.state(&client_id));
+            let state = planned
+                .states
+                .get(&client_id)
+                .or_else(|| self.state(&client_id));
             let member = state.and_then(Option::as_ref);
             match (event.action, member) {
                 (Some(PresenceAction::Leave), None) if self.known => {
@@ -260,7 +265,11 @@ impl OwnMembers {
         self.bytes = 0;
         let members = std::mem::take(&mut self.members);
         let last = members.into_iter().filter_map(|(_, member)| {
-            let asked = member.asked.into_iter().rev().filter_map(|asked| asked.state);
+            let asked = member
+                .asked
+                .into_iter()
+                .rev()
+                .filter_map(|asked| asked.state);
             asked.chain(member.sure).next()
         });
         let leave = |event: Arc<PresenceMessage>| PresenceMessage {

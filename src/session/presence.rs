@@ -82,7 +82,9 @@ impl Presence {
             let (members, bytes) = own.outlook(&planned);
             if members > self.max_members {
                 let max = self.max_members;
-                return refused(format!("at most {max} members of one connection on a channel"));
+                return refused(format!(
+                    "at most {max} members of one connection on a channel"
+                ));
             }
             if self.bytes() + bytes > self.max_bytes {
                 return refused("members of this connection take too much memory".to_owned());
@@ -116,7 +118,8 @@ impl Presence {
             },
         };
         if self.change(&channel, |own| own.settle(ticket, verdict)) {
-            self.again_at_ms.get_or_insert(now_ms.saturating_add(AGAIN_AFTER_MS));
+            self.again_at_ms
+                .get_or_insert(now_ms.saturating_add(AGAIN_AFTER_MS));
         }
     }
 

@@ -79,17 +79,37 @@ mod tests {
             (
                 "[?modes=publish,subscribe&rewind=2m&x&&y=%5D=]c]",
                 "c]",
-                &[("modes", "publish,subscribe"), ("rewind", "2m"), ("x", ""), ("y", "]=")],
+                &[
+                    ("modes", "publish,subscribe"),
+                    ("rewind", "2m"),
+                    ("x", ""),
+                    ("y", "]="),
+                ],
             ),
         ];
         for (text, name, params) in table {
             let parsed = QualifiedName::parse(text).unwrap();
             assert_eq!(parsed.name.as_str(), *name, "{text}");
-            let expected = params.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
+            let expected = params
+                .iter()
+                .map(|(k, v)| ((*k).to_owned(), (*v).to_owned()));
             assert_eq!(parsed.params, expected.collect(), "{text}");
         }
         let long = format!("[?{}]c", "x".repeat(1024));
-        let bad = ["", "[", "[]", "[]c", "[?a=1", "[?a=1]", "[?a=1]:c", "[?a=%ff]c", "[meta]log", "[filter=eA==]c", "[?a][?b]c", &long];
+        let bad = [
+            "",
+            "[",
+            "[]",
+            "[]c",
+            "[?a=1",
+            "[?a=1]",
+            "[?a=1]:c",
+            "[?a=%ff]c",
+            "[meta]log",
+            "[filter=eA==]c",
+            "[?a][?b]c",
+            &long,
+        ];
         for text in bad {
             let error = QualifiedName::parse(text).unwrap_err();
             assert_eq!(error.code, ErrorCode::InvalidChannelName, "{text}");

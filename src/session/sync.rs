@@ -51,7 +51,10 @@ mod tests {
                 })
                 .collect();
             let pages = pages("[?a]c", all, "t");
-            let seen: Vec<_> = pages.iter().map(|p| p.channel_serial.as_deref().unwrap()).collect();
+            let seen: Vec<_> = pages
+                .iter()
+                .map(|p| p.channel_serial.as_deref().unwrap())
+                .collect();
             assert_eq!(seen, cursors);
             let listed = pages.iter().flat_map(|page| &page.presence);
             for (n, member) in listed.clone().enumerate() {
@@ -59,14 +62,23 @@ mod tests {
                 assert_eq!(member.action, Some(PresenceAction::Present));
             }
             assert_eq!(listed.count(), members);
-            assert!(pages.iter().all(|page| page.channel.as_deref() == Some("[?a]c")));
+            assert!(
+                pages
+                    .iter()
+                    .all(|page| page.channel.as_deref() == Some("[?a]c"))
+            );
         }
     }
 
     #[test]
     fn a_token_is_what_client_libraries_can_read() {
         let token = token(1_795_309_503_110, 31);
-        assert!(token.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-'), "{token}");
+        assert!(
+            token
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'-'),
+            "{token}"
+        );
         assert_ne!(token, super::token(1_795_309_503_110, 32));
     }
 }

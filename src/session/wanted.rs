@@ -248,7 +248,10 @@ fn parse_rewind(text: &str, limit: Option<&str>) -> Result<Start, ErrorInfo> {
         (limit, Some(within(minutes, 60_000)?))
     } else {
         let count = within(text, 1)?;
-        (usize::try_from(count).unwrap_or(REWIND_MAX).min(REWIND_MAX), None)
+        (
+            usize::try_from(count).unwrap_or(REWIND_MAX).min(REWIND_MAX),
+            None,
+        )
     };
     if count == 0 || within_ms == Some(0) {
         return Ok(Start::Present);

@@ -84,6 +84,14 @@ pub fn decode_messages(format: Format, bytes: &[u8]) -> Result<Vec<Message>, Dec
     decode_value::<message::OneOrMany>(format, bytes).map(|messages| messages.0)
 }
 
+/// The body of a request that brings frames: an array of them.
+///
+/// # Errors
+/// When the bytes are not exactly one value of this format with that shape.
+pub fn decode_frames(format: Format, bytes: &[u8]) -> Result<Vec<Frame>, DecodeError> {
+    decode_value(format, bytes)
+}
+
 /// The body of a page of messages: always an array.
 #[must_use]
 pub fn encode_messages(format: Format, messages: &[Message]) -> Bytes {

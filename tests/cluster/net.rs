@@ -643,7 +643,9 @@ async fn read_channel(
         newest_first: false,
         ..Range::ALL
     };
-    let mut refs = cluster.state(shard).range(key, &all, Kinds::Both, usize::MAX)?;
+    let mut refs = cluster
+        .state(shard)
+        .range(key, &all, Kinds::Both, usize::MAX)?;
     let mut records = Vec::with_capacity(refs.len());
     while !refs.is_empty() {
         let page = cluster.read_records(shard, refs.clone()).await?;

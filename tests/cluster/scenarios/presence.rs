@@ -8,13 +8,21 @@ use firth::wire::{body, entry};
 use crate::net::{LONG, Net, SOON, key, shards, until};
 
 /// Publishes in a node's name until it is answered.
-async fn publish(net: &Net, node: u64, channel: &str, connection: &str, events: &[PresenceMessage]) {
+async fn publish(
+    net: &Net,
+    node: u64,
+    channel: &str,
+    connection: &str,
+    events: &[PresenceMessage],
+) {
     let what = format!("node {node} to be heard");
     until(&what, SOON, async || {
         let live = net.live(node).expect("a scenario asks nodes that live");
         let Attendant { node, boot } = live.cluster.attendant();
         let change = |event: &PresenceMessage| entry::Change {
-            action: event.action.map_or(0, |it| u32::try_from(it.number()).unwrap()),
+            action: event
+                .action
+                .map_or(0, |it| u32::try_from(it.number()).unwrap()),
             client_id: event.client_id.clone().unwrap(),
             connection_id: String::new(),
         };
@@ -58,7 +66,10 @@ async fn enter(net: &Net, node: u64, channel: &str, connection: &str, clients: &
 fn members(net: &Net, node: u64, channel: &str) -> Vec<String> {
     let live = net.live(node).expect("a scenario asks nodes that live");
     let key = key(channel);
-    let members = live.cluster.state(live.cluster.shard_of(&key)).members(&key);
+    let members = live
+        .cluster
+        .state(live.cluster.shard_of(&key))
+        .members(&key);
     let members = members.into_iter();
     members
         .map(|it| format!("{}@{}", it.client_id, it.connection_id))
@@ -78,7 +89,10 @@ async fn leaves(net: &Net, node: u64, channel: &str) -> Vec<String> {
         let leaves = events.filter(|event| event.action == Some(PresenceAction::Leave));
         left.extend(leaves.map(|it| {
             let (client, connection) = (it.client_id.unwrap(), it.connection_id.unwrap());
-            assert!(!it.id.unwrap().starts_with(&connection), "clients go by its time");
+            assert!(
+                !it.id.unwrap().starts_with(&connection),
+                "clients go by its time"
+            );
             format!("{client}@{connection}")
         }));
     }
@@ -103,7 +117,11 @@ async fn members_of_a_dead_node_leave_once_everywhere_unless_another_took_them_o
     for channel in &channels {
         // The client came back here: its new node says so, and publishes nothing.
         publish(&net, home, channel, "moved", &[]).await;
-        assert_eq!(members(&net, home, channel).len(), 5, "nobody is let go at once");
+        assert_eq!(
+            members(&net, home, channel).len(),
+            5,
+            "nobody is let go at once"
+        );
     }
     for channel in &channels {
         until("the dead node's members to leave", SOON, async || {
