@@ -103,8 +103,6 @@ impl ClientId {
             (Self::Exactly(_), Some(_)) => {
                 Err(invalid("message has another client id than its connection"))
             }
-                "message has a client id and its connection has none",
-            )),
         }
     }
 }
