@@ -10,7 +10,7 @@ export class Line {
   #server;
   #pairs = new Set();
   #held = false;
-  #dead = false;
+  #refusing = false;
 
   static async open(cluster, target) {
     const line = new Line();
@@ -48,9 +48,14 @@ export class Line {
     this.target = target;
   }
 
+  /** Whether new connections are turned away. */
+  refuse(yes) {
+    this.#refusing = yes;
+  }
+
   /** Cuts, and lets nobody through any more: what the death of the client's machine looks like from the cluster. */
   die() {
-    this.#dead = true;
+    this.refuse(true);
     this.cut();
   }
 
@@ -60,7 +65,7 @@ export class Line {
   }
 
   #join(outside) {
-    if (this.#dead) {
+    if (this.#refusing) {
       outside.destroy();
       return;
     }

@@ -86,7 +86,14 @@ class Recorder:
                 lambda event: tell(event="presence", channel=channel, **member(event))
             )
 
+    async def connected(self):
+        """Waits for the connection: what this SDK queues without one it puts before what it has to send again, in the
+        list in which it looks up acknowledgements, and then mixes up the answers."""
+        while self.client.connection.state.value != "connected":
+            await self.client.connection.once_async("connected")
+
     async def publish(self, channel, texts, **_):
+        await self.connected()
         messages = [Message(name="m", data=text) for text in texts]
         result = await self.client.channels.get(channel).publish(messages)
         return result.serials if result else []
@@ -96,12 +103,15 @@ class Recorder:
         return [member(one) for one in members]
 
     async def enter(self, channel, data=None, **_):
+        await self.connected()
         await self.client.channels.get(channel).presence.enter(data)
 
     async def update(self, channel, data=None, **_):
+        await self.connected()
         await self.client.channels.get(channel).presence.update(data)
 
     async def leave(self, channel, **_):
+        await self.connected()
         await self.client.channels.get(channel).presence.leave()
 
     async def close(self, **_):
