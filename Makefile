@@ -23,7 +23,7 @@ DENY := $(or $(shell command -v cargo-deny),target/tools/bin/cargo-deny)
 CARGO_FLAGS := --release --locked
 
 # Test files, by the target that runs them; `make sdk SDK_TESTS=failover` runs one.
-SDK_TESTS ?= sdk order bad-input failover restart crash wiped damage disk-full cli verdict faults
+SDK_TESTS ?= sdk order bad-input failover restart crash wiped damage disk-full cli presence channels connections tokens rest verdict faults
 KAFKA_TESTS ?= kafka-in kafka-out
 PAGE_TESTS ?= page
 
