@@ -296,7 +296,7 @@ scenario('a raw resume tells each channel the truth about itself', async ({ clus
   raw.close();
   await clients.rest(2).channels.get('persisted:truth-a').publish('m', 'missed');
   const { raw: heir } = await open(cluster, 3, { key: cluster.key, resume: welcome.connectionDetails.connectionKey });
-  for (const [channel, backlog] of [['persisted:truth-a', 2], ['persisted:truth-b', 0]]) {
+  for (const [channel, backlog] of [['persisted:truth-b', 0], ['persisted:truth-a', 2]]) {
     heir.send({ action: ACTION.ATTACH, channel, channelSerial: serials[channel] });
     const { flags } = await heir.next(ACTION.ATTACHED);
     assert.equal(flags & (RESUMED | 2), RESUMED | backlog, channel);

@@ -2,7 +2,6 @@
 
 import assert from 'node:assert/strict';
 
-import { createApp } from './lib/app.mjs';
 import { Watcher, assertListed, restMembers } from './lib/members.mjs';
 import { History, SDKS, participant } from './lib/recorder.mjs';
 import { refusal, state } from './lib/sdk.mjs';
@@ -276,13 +275,21 @@ scenario('who may not be present is told why', async ({ clients }) => {
   assert.deepEqual(await restMembers(clients, 2, name), []);
 });
 
-scenario('an app has a limit of members, and says so', async ({ cluster, clients }) => {
-  const { keys: [key] } = await createApp(cluster, { limits: { presence: { maxMembers: 3 } } });
-  const { presence } = (await clients.realtime(2, { key })).channels.get('full');
-  for (const id of ['a', 'b', 'c']) await presence.enterClient(id);
-  assert.equal((await refusal(presence.enterClient('d'))).code, 91003);
-  await presence.leaveClient('a');
-  await presence.enterClient('d');
-  const page = await clients.rest(3, { key }).channels.get('full').presence.get();
-  assert.deepEqual(page.items.map(({ clientId }) => clientId).sort(), ['b', 'c', 'd']);
+scenario('a channel takes two hundred members and more, but not without end', async (given) => {
+  const { clients } = given;
+  const name = 'presence-full';
+  const { presence } = (await clients.realtime(2)).channels.get(name);
+  const inside = [];
+  let refused;
+  for (let n = 0; n < 1_100 && !refused; n++) {
+    const id = `member-${n}`;
+    await presence.enterClient(id).then(() => inside.push(id), (error) => (refused = error));
+  }
+  assert.equal(refused?.code, 91003, `${inside.length} members`);
+  assert.ok(inside.length >= 200, `${inside.length} members`);
+  // Who is inside may go on changing, and a place that is left is free again.
+  await presence.updateClient(inside[0], 'still');
+  await presence.leaveClient(inside.pop());
+  await presence.enterClient('the next one');
+  await assertListed(given, name, [...inside, 'the next one']);
 });

@@ -224,7 +224,7 @@ scenario('wrong and unknown keys are told apart', async ({ cluster, clients }) =
 });
 
 scenario('a token that is revoked ends its connections on every node, and stays out through deaths', async ({ cluster, clients }) => {
-  const { keys } = await createApp(cluster, { keys: [{ revocableTokens: true }] });
+  const { keys } = await createApp(cluster, { keys: [{ revocable_tokens: true }] });
   const rest = clients.rest(1, { key: keys[0] });
   const { token } = await rest.auth.requestToken({ clientId: 'eve' });
   const { token: innocent } = await rest.auth.requestToken({ clientId: 'ada' });
@@ -252,7 +252,7 @@ scenario('a token that is revoked ends its connections on every node, and stays 
 scenario('revocation says what it cannot do', async ({ cluster, clients }) => {
   const error = await refusal(clients.rest(1).auth.revokeTokens([{ type: 'clientId', value: 'x' }]));
   assert.equal(error.code, 40163);
-  const { keys } = await createApp(cluster, { keys: [{ revocableTokens: true }] });
+  const { keys } = await createApp(cluster, { keys: [{ revocable_tokens: true }] });
   const { successCount, failureCount, results } = await clients.rest(2, { key: keys[0] }).auth
     .revokeTokens([{ type: 'clientId', value: 'x' }, { type: 'nonsense', value: 'y' }]);
   assert.deepEqual([successCount, failureCount], [1, 1]);

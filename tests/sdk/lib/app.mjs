@@ -2,11 +2,12 @@
 
 /** Makes an app in one request: `{appId, keys}`, each key as `app.id:secret`.
  *
- * `keys` says what each key may do, `{capability, revocableTokens}`; `namespaces` and `limits` are the channel rules.
+ * `keys` says what each key may do, `{capability, revocable_tokens}`; `namespaces` are the rules for channels,
+ * `{id, retention_ms, …}`.
  */
-export async function createApp(cluster, { keys = [{}], namespaces = [], limits, through = 1 } = {}) {
-  const { body } = await admin(cluster, through, '/apps', { method: 'POST', body: { keys, namespaces, limits } });
-  return { appId: body.appId, keys: body.keys.map((key) => key.keyStr) };
+export async function createApp(cluster, { keys = [{}], namespaces = [], through = 1 } = {}) {
+  const { body } = await admin(cluster, through, '/apps', { method: 'POST', body: { keys, namespaces } });
+  return { appId: body.id, keys: body.keys.map(({ key }) => key) };
 }
 
 export async function deleteApp(cluster, appId, { through = 1 } = {}) {
