@@ -28,6 +28,8 @@ const ROOM = 'persisted:faults-room';
 // Of one client, between two publishes.
 const PACE_MS = 150;
 const SETTLE_MS = 90_000;
+// Records of a read in between.
+const PAGE = 50;
 
 const scenario = suite({ scenarioMs: MINUTES * 60_000 + 300_000 });
 
@@ -45,7 +47,7 @@ scenario(`${MINUTES} minutes of faults with ${NAMES.join(', ')}; SEED=${SEED}`, 
     const stopped = { yes: false };
     const everybody = [...participants];
     const faults = torment(cluster, schedule(SEED), { participants: everybody, history, stopped });
-    const work = participants.map((one, i) => publishUntil(stopped, one, dice(SEED + i)));
+    const work = participants.map((one, i) => publishUntil(stopped, one, { chance: dice(SEED + i), cluster }));
     const presence = participants.map((one, i) => withPresence && appearUntil(stopped, one, dice(SEED - i)));
     const deaths = withPresence && dieUntil(stopped, mortals, everybody, (n) => {
       const sdk = NAMES[n % NAMES.length];
@@ -89,15 +91,26 @@ async function join(sdk, options, withPresence) {
 }
 
 /** Publishes one after the other, single messages and batches, on one channel or another. */
-async function publishUntil(stopped, one, chance) {
+async function publishUntil(stopped, one, { chance, cluster }) {
   for (let n = 0; !stopped.yes; n++) {
     const count = chance.chance(0.2) ? 3 : 1;
     const texts = Array.from({ length: count }, (_, i) => `${one.name}/${n}/${i}`);
-    const publish = one.publish(chance.pick(CHANNELS), texts);
-    // Mostly several are on their way at once; sometimes each waits for the one before.
-    if (chance.chance(0.3)) await publish;
+    const channel = chance.pick(CHANNELS);
+    const publish = one.publish(channel, texts);
+    const node = chance.pick(cluster.nodes).id;
+    // Mostly several are on their way at once; sometimes each waits for the one before, and looks whether it is there.
+    if (chance.chance(0.3) && (await publish)) await read(one, { cluster, node, channel, after: texts.at(-1) });
     await pause(PACE_MS);
   }
+}
+
+/** Writes down the newest history as a node tells it; a node that is away tells nothing. */
+async function read({ history }, { cluster, node, channel, after }) {
+  const target = `/channels/${encodeURIComponent(channel)}/messages?limit=${PAGE}`;
+  const answer = await cluster.rest(node, target).catch(() => ({ status: 0 }));
+  if (answer.status !== 200) return;
+  const records = answer.body.map(({ data, serial }) => ({ text: data, serial }));
+  history.add('read', { channel, node, after, limit: PAGE, records });
 }
 
 async function appearUntil(stopped, one, chance) {

@@ -115,6 +115,12 @@ finds('the second lacks the last', ['lost', 'nodes-differ'], new Script().publis
 finds('nobody has it', 'lost', new Script().published('p', 1).published('p', 2).stored(1, [1]));
 finds('without serials in acknowledgements', 'lost', new Script().add('publish', { client: 'p', channel: C, texts: ['m1'], ref: 1 })
   .add('acked', { client: 'p', channel: C, texts: ['m1'], ref: 1 }).stored(1, []));
+const reads = (script, limit, ...ns) => script.add('read', { channel: C, node: 2, after: 'm2', limit,
+  records: ns.map((n) => ({ text: `m${n}`, serial: serial(n) })) });
+test('a read that shows what was acknowledged, or newer ones instead', () =>
+  assert.deepEqual([names(reads(good(), 2, 3, 2)), names(reads(good(), 1, 3))], [[], []]));
+finds('the page has room', 'stale-read', reads(good(), 2, 1));
+finds('older ones are in its place', 'stale-read', reads(good(), 2, 3, 1));
 finds('received, not stored', 'phantom', new Script().attached('a').got('a', 1).stored(1, []));
 finds('a foreign message inside', 'torn', new Script().add('publish', { client: 'p', channel: C, texts: ['m1', 'm3'], ref: 1 })
   .add('acked', { client: 'p', channel: C, texts: ['m1', 'm3'], ref: 1 }).published('q', 2).stored(1, [1, 2, 3]));

@@ -9,6 +9,7 @@
 //   message     {client, channel, text, serial?, id, connectionId}
 //   presence    {client, channel, action, clientId, connectionId, data, id}
 //   present     {client, channel, clientId, data}: a presence operation was acknowledged; `absent` the same of a leave
+//   read        {channel, node, after, limit, records}: the newest `limit` records, asked for when `after` was acknowledged
 //   died        {client, connectionId}: its machine is gone without a word
 //   fault       {what}: what the nemesis did; of no meaning to the judge
 //   stored      {channel, node, records: [{text, serial, id}]} oldest first, all of them

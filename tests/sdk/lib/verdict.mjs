@@ -18,6 +18,7 @@ export function judge(events, { retentionMs = RETENTION_MS, leaveWithinMs } = {}
   for (const [channel, ledger] of ledgers) judgeLedger(channel, ledger, add);
   for (const view of readViews(events)) judgeView(view, ledgers.get(view.channel), { retentionMs, add });
   judgePublishers(events, ledgers, add);
+  judgeReads(events, ledgers, add);
   judgeMembers(events, { leaveWithinMs, add });
   return faults;
 }
@@ -34,6 +35,7 @@ export const FAULTS = {
   'wrong-ack': 'an acknowledgement names another serial than the log',
   'nodes-differ': 'two nodes tell different histories',
   lost: 'acknowledged, and not there',
+  'stale-read': 'a node told a history without what was acknowledged before it was asked',
   phantom: 'received on a persisted channel, and not in its history',
   torn: 'the messages of one batch are not neighbours',
   'publisher-order': 'messages of one publisher in another order than it sent them',
@@ -59,6 +61,7 @@ export function summary(events) {
     acked: kinds('acked'),
     refused: Object.fromEntries(refusals),
     delivered: kinds('message'),
+    reads: kinds('read'),
     presence: kinds('presence'),
     resumed: count((event) => attached(event) && event.resumed),
     fresh: count((event) => attached(event) && !event.resumed),
@@ -260,6 +263,18 @@ function following(records, place, own, none) {
 function firstAfter(records, from) {
   const at = records.findIndex(({ serial }) => serial.split(':')[0] > from);
   return at < 0 ? records.length : at;
+}
+
+/** Promise 2: what was acknowledged before the question is in the answer, unless newer ones fill the page. */
+function judgeReads(events, ledgers, add) {
+  for (const { kind, channel, node, after, limit, records } of events) {
+    if (kind !== 'read' || records.some(({ text }) => text === after)) continue;
+    const { at } = ledgers.get(channel).order;
+    const oldest = Math.min(...records.map(({ text }) => at.get(text)).filter((place) => place !== undefined));
+    if (records.length < limit || oldest < at.get(after)) {
+      add('stale-read', channel, undefined, `${after} is not among ${records.length} records of node ${node}`);
+    }
+  }
 }
 
 function judgePublishers(events, ledgers, add) {
