@@ -1,5 +1,5 @@
-// Promises 2, 3, 4 and 6 under random kills, pauses and cuts, with every official SDK at once; what each sent and
-// received is recorded and judged.
+// Promises 2, 3, 4 and 6 under random kills, pauses and cuts, with every official SDK at once and a subscriber without
+// one; what each sent and received is recorded and judged.
 //
 // From the environment: MINUTES (1), SDK (names of `SDKS` or how they begin, by commas; all), CLIENTS of each (1), SEED
 // (by the clock), OUT (target/faults) for the history of a run that failed. The same SEED plays the same faults again.
@@ -9,6 +9,7 @@ import path from 'node:path';
 
 import { dice } from './lib/dice.mjs';
 import { schedule, torment } from './lib/nemesis.mjs';
+import { Observer } from './lib/observer.mjs';
 import { ROOT } from './lib/process.mjs';
 import { History, SDKS, participant } from './lib/recorder.mjs';
 import { history as storedIn } from './lib/sdk.mjs';
@@ -38,16 +39,20 @@ scenario(`${MINUTES} minutes of faults with ${NAMES.join(', ')}; SEED=${SEED}`, 
   const history = new History();
   const withPresence = await hasPresence(cluster);
   const participants = [];
+  const speakers = [];
   const mortals = [];
   try {
     const names = Array.from({ length: CLIENTS }, (_, n) => NAMES.map((sdk) => [sdk, `${sdk}-${n}`])).flat();
     for (const [i, [sdk, name]] of names.entries()) {
-      participants.push(await join(sdk, { name, cluster, node: (i % 3) + 1, history }, withPresence));
+      speakers.push(await join(sdk, { name, cluster, node: (i % 3) + 1, history }, withPresence));
     }
+    const observer = await Observer.open({ name: 'observer', cluster, node: 1, history });
+    participants.push(...speakers, observer);
+    for (const channel of withPresence ? [...CHANNELS, ROOM] : CHANNELS) await observer.subscribe(channel);
     const stopped = { yes: false };
     const faults = torment(cluster, schedule(SEED), { participants, history, stopped });
-    const work = participants.map((one, i) => publishUntil(stopped, one, { chance: dice(SEED + i), cluster }));
-    const presence = participants.map((one, i) => withPresence && appearUntil(stopped, one, dice(SEED - i)));
+    const work = speakers.map((one, i) => publishUntil(stopped, one, { chance: dice(SEED + i), cluster }));
+    const presence = speakers.map((one, i) => withPresence && appearUntil(stopped, one, dice(SEED - i)));
     const deaths = withPresence && dieUntil(stopped, mortals, (n) => {
       const sdk = NAMES[n % NAMES.length];
       return participant(sdk, { name: `mortal-${n}-${sdk}`, cluster, node: (n % 3) + 1, history });
@@ -57,7 +62,7 @@ scenario(`${MINUTES} minutes of faults with ${NAMES.join(', ')}; SEED=${SEED}`, 
     await Promise.all([faults, deaths, ...work, ...presence]);
 
     await Promise.all(participants.map((one) => one.settled({ within: SETTLE_MS })));
-    if (withPresence) await Promise.all(participants.map((one, i) => beSure(one, i)));
+    if (withPresence) await Promise.all(speakers.map((one, i) => beSure(one, i)));
     await endEverywhere(participants);
     if (withPresence) await lists({ cluster, participants, mortals, history });
     await stories({ cluster, clients, history });
@@ -72,7 +77,7 @@ scenario(`${MINUTES} minutes of faults with ${NAMES.join(', ')}; SEED=${SEED}`, 
     error.message += `\nthe whole history is in ${file}; again: make faults SEED=${SEED} MINUTES=${MINUTES} SDK=${WANTED}`;
     throw error;
   } finally {
-    await Promise.all([...participants, ...mortals].map((one) => one.close()));
+    await Promise.all([...new Set([...participants, ...speakers, ...mortals])].map((one) => one.close()));
   }
 });
 

@@ -3,6 +3,7 @@
 import assert from 'node:assert/strict';
 
 import { Watcher, assertListed, restMembers } from './lib/members.mjs';
+import { Observer } from './lib/observer.mjs';
 import { History, SDKS, participant } from './lib/recorder.mjs';
 import { refusal, state } from './lib/sdk.mjs';
 import { suite } from './lib/suite.mjs';
@@ -74,6 +75,11 @@ scenario('a client dies together with its node: it leaves on the others, once, i
   const { cluster, clients } = given;
   const name = 'presence-both-die';
   const watchers = [await Watcher.attach(await clients.realtime(2), name), await Watcher.attach(await clients.realtime(3), name)];
+  // SDKs hide a second leave; this one does not.
+  const history = new History();
+  const wire = await Observer.open({ name: 'wire', cluster, node: 3, history });
+  given.t.after(() => wire.close());
+  await wire.subscribe(name);
   const { client, line } = await clients.roaming(1, { clientId: 'eve' });
   await client.channels.get(name).presence.enter('last words');
   await Promise.all(watchers.map((watcher) => watcher.saw('enter', 'eve')));
@@ -89,6 +95,8 @@ scenario('a client dies together with its node: it leaves on the others, once, i
   // The node that had it is back, and does not let it leave again.
   await pause(GRACE_MS + 3_000);
   for (const watcher of watchers) assert.equal(watcher.count('leave', 'eve'), 1);
+  const events = history.events.filter(({ kind }) => kind === 'presence');
+  assert.deepEqual(events.map(({ action, clientId }) => `${action} ${clientId}`), ['enter eve', 'leave eve']);
 });
 
 scenario('a client that is gone without a word leaves after the grace of 15 s, not before', async (given) => {

@@ -63,9 +63,9 @@ export class History {
 }
 
 /** A client of some SDK on a line of its own, whose every word goes into the history. */
-class Participant {
-  /** Number of texts that have come, by channel. */
-  received = new Map();
+export class Participant {
+  /** The last text that came, by channel. */
+  last = new Map();
   state = 'initialized';
   attached = new Map();
   unanswered = 0;
@@ -141,8 +141,6 @@ class Participant {
   }
 
   onMessage(event) {
-    this.received.set(event.channel, (this.received.get(event.channel) ?? 0) + 1);
-    this.last ??= new Map();
     this.last.set(event.channel, event.text);
     this.add('message', event);
   }
