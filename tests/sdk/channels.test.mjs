@@ -38,7 +38,10 @@ for (const sdk of BOTH) {
     const name = `modes-${sdk}`;
     const client = await clients.realtime(1, { sdk });
     const listener = await attach(client, name, { modes: ['SUBSCRIBE'] });
-    assert.deepEqual(listener.channel.modes.map((mode) => mode.toLowerCase()), ['subscribe']);
+    assert.deepEqual(
+      listener.channel.modes.map((mode) => mode.toLowerCase()),
+      ['subscribe'],
+    );
     assert.equal((await refusal(listener.channel.publish('m', 'x'))).code, 40165);
     const speaker = (await clients.realtime(2, { sdk })).channels.get(name, { modes: ['PUBLISH'] });
     await speaker.attach();
@@ -48,7 +51,10 @@ for (const sdk of BOTH) {
 
   scenario(`ably-js ${sdk}: params come back as far as they are known; params.modes wins`, async ({ clients }) => {
     const params = { modes: 'subscribe,presence', rewind: '1', nonsense: 'x' };
-    const { channel } = await attach(await clients.realtime(2, { sdk }), `params-${sdk}`, { params, modes: ['PUBLISH'] });
+    const { channel } = await attach(await clients.realtime(2, { sdk }), `params-${sdk}`, {
+      params,
+      modes: ['PUBLISH'],
+    });
     assert.equal(channel.params.rewind, '1');
     assert.equal(channel.params.nonsense, undefined);
     assert.deepEqual(channel.modes.map((mode) => mode.toLowerCase()).sort(), ['presence', 'subscribe']);
@@ -59,11 +65,26 @@ for (const sdk of BOTH) {
     await publish(clients, 1, name, ['a', 'b', 'c']);
     const two = await attach(await clients.realtime(2, { sdk }), name, { params: { rewind: '2' } });
     const minute = await attach(await clients.realtime(3, { sdk }), name, { params: { rewind: '1m' } });
-    const limited = await attach(await clients.realtime(3, { sdk }), name, { params: { rewind: '1m', rewindLimit: '1' } });
+    const limited = await attach(await clients.realtime(3, { sdk }), name, {
+      params: { rewind: '1m', rewindLimit: '1' },
+    });
     await publish(clients, 1, name, ['d']);
     await until(() => [two, minute, limited].every(({ data }) => data.includes('d')), { what: 'the live message' });
-    assert.deepEqual([two.data, minute.data, limited.data], [['b', 'c', 'd'], ['a', 'b', 'c', 'd'], ['c', 'd']]);
-    assert.deepEqual([two, minute].map(({ attached }) => [attached.hasBacklog, attached.resumed]), [[true, false], [true, false]]);
+    assert.deepEqual(
+      [two.data, minute.data, limited.data],
+      [
+        ['b', 'c', 'd'],
+        ['a', 'b', 'c', 'd'],
+        ['c', 'd'],
+      ],
+    );
+    assert.deepEqual(
+      [two, minute].map(({ attached }) => [attached.hasBacklog, attached.resumed]),
+      [
+        [true, false],
+        [true, false],
+      ],
+    );
   });
 
   scenario(`ably-js ${sdk}: what was rewound is not rewound again after the death of the node`, async (given) => {
@@ -82,17 +103,26 @@ for (const sdk of BOTH) {
     assert.deepEqual(seen.data, ['b', 'c', 'd']);
   });
 
-  scenario(`ably-js ${sdk}: history until the attachment, and what is live, have no gap and no overlap`, async ({ clients }) => {
-    const name = `persisted:until-${sdk}`;
-    await publish(clients, 1, name, ['a', 'b']);
-    const seen = await attach(await clients.realtime(2, { sdk }), name);
-    await publish(clients, 3, name, ['c', 'd']);
-    await until(() => seen.data.length === 2, { what: 'the live messages' });
-    const page = await seen.channel.history({ untilAttach: true, limit: 1 });
-    assert.deepEqual(page.items.map(({ data }) => data), ['b']);
-    assert.deepEqual((await page.next()).items.map(({ data }) => data), ['a']);
-    assert.deepEqual(seen.data, ['c', 'd']);
-  });
+  scenario(
+    `ably-js ${sdk}: history until the attachment, and what is live, have no gap and no overlap`,
+    async ({ clients }) => {
+      const name = `persisted:until-${sdk}`;
+      await publish(clients, 1, name, ['a', 'b']);
+      const seen = await attach(await clients.realtime(2, { sdk }), name);
+      await publish(clients, 3, name, ['c', 'd']);
+      await until(() => seen.data.length === 2, { what: 'the live messages' });
+      const page = await seen.channel.history({ untilAttach: true, limit: 1 });
+      assert.deepEqual(
+        page.items.map(({ data }) => data),
+        ['b'],
+      );
+      assert.deepEqual(
+        (await page.next()).items.map(({ data }) => data),
+        ['a'],
+      );
+      assert.deepEqual(seen.data, ['c', 'd']);
+    },
+  );
 
   scenario(`ably-js ${sdk}: params.echo=false hides one's own messages on that channel only`, async ({ clients }) => {
     const client = await clients.realtime(1, { sdk });
@@ -161,7 +191,10 @@ scenario('names that are no names are refused on every door', async ({ cluster, 
     const channel = client.channels.get(name);
     assert.equal((await refusal(channel.attach(), JSON.stringify(name))).code, 40010);
     assert.equal((await refusal(speaker.channels.get(name).publish('m', 'x'), JSON.stringify(name))).code, 40010);
-    const rest = await cluster.rest(1, `/channels/${encodeURIComponent(name)}/messages`, { method: 'POST', body: { data: 'x' } });
+    const rest = await cluster.rest(1, `/channels/${encodeURIComponent(name)}/messages`, {
+      method: 'POST',
+      body: { data: 'x' },
+    });
     assert.deepEqual([rest.status, rest.body.error?.code], [400, 40010], JSON.stringify(name));
   }
   for (const name of ['a:b/c', 'ünïcode 世界', 'a,b', 'a?b#c%d', '*']) {
@@ -183,38 +216,44 @@ scenario('who comes with a serial that is gone is told so, and gets what is new'
     assert.ok([90003, 90004, 90005].includes(attached.error?.code), JSON.stringify(attached));
     await publish(clients, 3, name, ['new']);
     const { messages } = await raw.next(ACTION.MESSAGE);
-    assert.deepEqual(messages.map(({ data }) => data), ['new']);
+    assert.deepEqual(
+      messages.map(({ data }) => data),
+      ['new'],
+    );
   } finally {
     raw.close();
   }
 });
 
-scenario('a serial from before is good on every node: what came since follows, once, with another connection', async (given) => {
-  const { cluster, clients } = given;
-  const name = 'persisted:serial';
-  const first = await RawClient.open(cluster.url(1), { key: cluster.key });
-  await first.next(ACTION.CONNECTED);
-  first.send({ action: ACTION.ATTACH, channel: name });
-  await first.next(ACTION.ATTACHED);
-  await publish(clients, 2, name, ['a', 'b', 'c', 'd']);
-  await first.next(ACTION.MESSAGE);
-  const { channelSerial } = await first.next(ACTION.MESSAGE);
-  first.close();
-  await cluster.without(1, async () => {
-    for (const node of [2, 3]) {
-      const raw = await RawClient.open(cluster.url(node), { key: cluster.key });
-      await raw.next(ACTION.CONNECTED);
-      raw.send({ action: ACTION.ATTACH, channel: name, channelSerial });
-      const attached = await raw.next(ACTION.ATTACHED);
-      assert.equal(attached.flags & (FLAG.RESUMED | FLAG.HAS_BACKLOG), FLAG.RESUMED | FLAG.HAS_BACKLOG);
-      assert.equal(attached.channelSerial, channelSerial);
-      const texts = [];
-      while (texts.length < 2) texts.push(...(await raw.next(ACTION.MESSAGE)).messages.map(({ data }) => data));
-      assert.deepEqual(texts, ['c', 'd']);
-      raw.close();
-    }
-  });
-});
+scenario(
+  'a serial from before is good on every node: what came since follows, once, with another connection',
+  async (given) => {
+    const { cluster, clients } = given;
+    const name = 'persisted:serial';
+    const first = await RawClient.open(cluster.url(1), { key: cluster.key });
+    await first.next(ACTION.CONNECTED);
+    first.send({ action: ACTION.ATTACH, channel: name });
+    await first.next(ACTION.ATTACHED);
+    await publish(clients, 2, name, ['a', 'b', 'c', 'd']);
+    await first.next(ACTION.MESSAGE);
+    const { channelSerial } = await first.next(ACTION.MESSAGE);
+    first.close();
+    await cluster.without(1, async () => {
+      for (const node of [2, 3]) {
+        const raw = await RawClient.open(cluster.url(node), { key: cluster.key });
+        await raw.next(ACTION.CONNECTED);
+        raw.send({ action: ACTION.ATTACH, channel: name, channelSerial });
+        const attached = await raw.next(ACTION.ATTACHED);
+        assert.equal(attached.flags & (FLAG.RESUMED | FLAG.HAS_BACKLOG), FLAG.RESUMED | FLAG.HAS_BACKLOG);
+        assert.equal(attached.channelSerial, channelSerial);
+        const texts = [];
+        while (texts.length < 2) texts.push(...(await raw.next(ACTION.MESSAGE)).messages.map(({ data }) => data));
+        assert.deepEqual(texts, ['c', 'd']);
+        raw.close();
+      }
+    });
+  },
+);
 
 scenario('ephemeral messages reach who is there, and nobody later', async ({ clients }) => {
   const name = 'persisted:ephemeral';
@@ -224,7 +263,10 @@ scenario('ephemeral messages reach who is there, and nobody later', async ({ cli
   await channel.publish({ name: 'm', data: 'gone', extras: { ephemeral: true } });
   await live.received(2);
   assert.deepEqual(live.data, ['kept', 'gone']);
-  assert.deepEqual((await history(clients.rest(3), name)).map(({ data }) => data), ['kept']);
+  assert.deepEqual(
+    (await history(clients.rest(3), name)).map(({ data }) => data),
+    ['kept'],
+  );
   const late = await attach(await clients.realtime(3), name, { params: { rewind: '10' } });
   await channel.publish('m', 'end');
   await until(() => late.data.includes('end'), { what: 'the live message' });
@@ -240,7 +282,9 @@ scenario('occupancy counts over all nodes, in-band and over REST', async ({ clie
   for (const client of others) await attach(client, name);
   await others[0].channels.get(name).presence.enter();
   const last = () => counts.at(-1) ?? {};
-  await until(() => last().subscribers === 3 && last().presenceMembers === 1, { what: 'three subscribers and a member' }).catch((error) => {
+  await until(() => last().subscribers === 3 && last().presenceMembers === 1, {
+    what: 'three subscribers and a member',
+  }).catch((error) => {
     throw new Error(`${error.message}; ${JSON.stringify(counts)}`);
   });
   for (const node of [1, 2, 3]) {
@@ -257,10 +301,13 @@ scenario('occupancy forgets who was on a node that died', async (given) => {
   await attach(await clients.realtime(1), name);
   const { line, client } = await clients.roaming(3);
   await attach(client, name);
-  const subscribers = async (node) => (await clients.rest(node).channels.get(name).status()).status.occupancy.metrics.subscribers;
+  const subscribers = async (node) =>
+    (await clients.rest(node).channels.get(name).status()).status.occupancy.metrics.subscribers;
   await until(async () => (await subscribers(2)) === 2, { what: 'both to be counted' });
   line.die();
-  await cluster.without(3, () => until(async () => (await subscribers(2)) === 1, { what: 'one to be left', within: 45_000 }));
+  await cluster.without(3, () =>
+    until(async () => (await subscribers(2)) === 1, { what: 'one to be left', within: 45_000 }),
+  );
 });
 
 scenario('a channel tells its coming and going on [meta]channel.lifecycle', async ({ clients }) => {
@@ -269,8 +316,11 @@ scenario('a channel tells its coming and going on [meta]channel.lifecycle', asyn
   await meta.subscribe(({ name, data }) => events.push([name, data.channelId ?? data.name]));
   const channel = (await clients.realtime(2)).channels.get('lifecycle-seen');
   await channel.attach();
-  await until(() => events.some(([event, id]) => event === 'channel.opened' && id === 'lifecycle-seen'), { what: 'channel.opened' })
-    .catch((error) => { throw new Error(`${error.message}; ${JSON.stringify(events)}`); });
+  await until(() => events.some(([event, id]) => event === 'channel.opened' && id === 'lifecycle-seen'), {
+    what: 'channel.opened',
+  }).catch((error) => {
+    throw new Error(`${error.message}; ${JSON.stringify(events)}`);
+  });
   assert.equal((await refusal(meta.publish('m', 'x'))).code, 40160);
 });
 
@@ -300,7 +350,13 @@ scenario('a message is denied by its size, its client, its ids; the next one goe
   for (const [message, code] of [
     [{ data: 'x'.repeat(70_000) }, 40009],
     [{ data: 'x', clientId: 'bob' }, 40012],
-    [[{ id: 'one:0', data: 'x' }, { id: 'two:1', data: 'y' }], 40031],
+    [
+      [
+        { id: 'one:0', data: 'x' },
+        { id: 'two:1', data: 'y' },
+      ],
+      40031,
+    ],
   ]) {
     const error = await refusal(channel.publish(message), JSON.stringify(message).slice(0, 60));
     assert.equal(error.code, code, describe(error));

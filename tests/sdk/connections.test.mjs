@@ -79,10 +79,14 @@ for (const sdk of BOTH) {
 
   scenario(`ably-js ${sdk}: capabilities go up and down in band`, async ({ clients }) => {
     const names = [`up-${sdk}`, `down-${sdk}`];
-    const capabilities = [{ [names[0]]: ['subscribe'], [names[1]]: ['subscribe', 'publish'] }, { [names[0]]: ['subscribe', 'publish'] }];
+    const capabilities = [
+      { [names[0]]: ['subscribe'], [names[1]]: ['subscribe', 'publish'] },
+      { [names[0]]: ['subscribe', 'publish'] },
+    ];
     const rest = clients.rest(3);
     const tokens = [];
-    for (const capability of capabilities) tokens.push((await rest.auth.requestToken({ clientId: 'ada', capability })).token);
+    for (const capability of capabilities)
+      tokens.push((await rest.auth.requestToken({ clientId: 'ada', capability })).token);
     const client = await clients.realtime(1, { sdk, token: tokens[0] });
     const { id } = client.connection;
     const [up, down] = names.map((name) => client.channels.get(name));
@@ -103,7 +107,10 @@ for (const sdk of BOTH) {
     let issued = 0;
     const authCallback = (params, done) => {
       issued++;
-      clients.rest(2).auth.requestToken({ ...params, clientId: 'ada', ttl: 4_000 }).then((token) => done(null, token), done);
+      clients
+        .rest(2)
+        .auth.requestToken({ ...params, clientId: 'ada', ttl: 4_000 })
+        .then((token) => done(null, token), done);
     };
     const client = await clients.realtime(1, { sdk, authCallback });
     const seen = await Subscriber.attach(client, name);
@@ -115,7 +122,10 @@ for (const sdk of BOTH) {
       await after(100);
     }
     await seen.received(sent);
-    assert.deepEqual(seen.data, Array.from({ length: sent }, (_, n) => String(n)));
+    assert.deepEqual(
+      seen.data,
+      Array.from({ length: sent }, (_, n) => String(n)),
+    );
     assert.equal(client.connection.id, id);
     assert.deepEqual(seen.losses, []);
   });
@@ -152,7 +162,10 @@ scenario('whoever resumes takes over from a socket that still lives', async ({ c
   await old.next(ACTION.ATTACHED);
   const heirs = [];
   for (const node of [1, 2, 3]) {
-    const { raw, welcome: again } = await open(cluster, node, { key: cluster.key, resume: welcome.connectionDetails.connectionKey });
+    const { raw, welcome: again } = await open(cluster, node, {
+      key: cluster.key,
+      resume: welcome.connectionDetails.connectionKey,
+    });
     assert.equal(again.connectionId, welcome.connectionId);
     assert.equal(again.error, undefined);
     heirs.push(raw);
@@ -169,7 +182,12 @@ scenario('whoever resumes takes over from a socket that still lives', async ({ c
 
 scenario('what is sent again on another node is answered as it was, and stored once', async ({ cluster, clients }) => {
   const name = 'again';
-  const publish = (msgSerial) => ({ action: ACTION.MESSAGE, channel: name, msgSerial, messages: [{ data: `serial ${msgSerial}` }] });
+  const publish = (msgSerial) => ({
+    action: ACTION.MESSAGE,
+    channel: name,
+    msgSerial,
+    messages: [{ data: `serial ${msgSerial}` }],
+  });
   const { raw, welcome } = await open(cluster, 1);
   for (const serial of [0, 1]) raw.send(publish(serial));
   const first = [];
@@ -183,7 +201,10 @@ scenario('what is sent again on another node is answered as it was, and stored o
     assert.deepEqual(again.slice(0, 2), first);
     heir.close();
     const { items } = await clients.rest(3).channels.get(name).history({ direction: 'forwards' });
-    assert.deepEqual(items.map(({ data }) => data), ['serial 0', 'serial 1', 'serial 2']);
+    assert.deepEqual(
+      items.map(({ data }) => data),
+      ['serial 0', 'serial 1', 'serial 2'],
+    );
   });
 });
 
@@ -199,7 +220,10 @@ scenario('a key that cannot be resumed gives a new connection and says why', asy
 scenario('a connection is not resumed by somebody else', async ({ cluster }) => {
   const { raw, welcome } = await open(cluster, 1, { access_token: jwt(cluster.key, claims({ clientId: 'ada' })) });
   const resume = welcome.connectionDetails.connectionKey;
-  const { raw: other, welcome: theirs } = await open(cluster, 2, { access_token: jwt(cluster.key, claims({ clientId: 'bob' })), resume });
+  const { raw: other, welcome: theirs } = await open(cluster, 2, {
+    access_token: jwt(cluster.key, claims({ clientId: 'bob' })),
+    resume,
+  });
   assert.notEqual(theirs.connectionId, welcome.connectionId);
   assert.equal(theirs.error?.code, 80011);
   raw.send({ action: ACTION.HEARTBEAT, id: 'alive' });
@@ -209,7 +233,8 @@ scenario('a connection is not resumed by somebody else', async ({ cluster }) => 
 });
 
 scenario('the server asks for a new token in time, and ends the connection when none comes', async ({ cluster }) => {
-  const token = (seconds) => jwt(cluster.key, { ...claims({ clientId: 'ada' }), exp: Math.floor(Date.now() / 1000) + seconds });
+  const token = (seconds) =>
+    jwt(cluster.key, { ...claims({ clientId: 'ada' }), exp: Math.floor(Date.now() / 1000) + seconds });
   const { raw, welcome } = await open(cluster, 1, { access_token: token(33) });
   await inTime(raw.next(AUTH), { what: 'the server to ask for a token' });
   raw.send({ action: AUTH, auth: { accessToken: token(7) } });
@@ -217,7 +242,10 @@ scenario('the server asks for a new token in time, and ends the connection when 
   const { error } = await raw.next(ACTION.DISCONNECTED);
   assert.equal(error.code, 40142);
   await raw.gone();
-  const { raw: heir, welcome: again } = await open(cluster, 3, { access_token: token(60), resume: welcome.connectionDetails.connectionKey });
+  const { raw: heir, welcome: again } = await open(cluster, 3, {
+    access_token: token(60),
+    resume: welcome.connectionDetails.connectionKey,
+  });
   assert.equal(again.connectionId, welcome.connectionId);
   heir.close();
 });
@@ -266,7 +294,12 @@ scenario('protocol versions 2 to 6 and later are spoken, others refused', async 
 for (const sdk of BOTH) {
   scenario(`ably-js ${sdk} over Comet: attach, publish, presence, move to another node`, async ({ clients }) => {
     const name = `comet-${sdk}`;
-    const { client, line } = await clients.roaming(1, { sdk, clientId: 'ada', transports: ['comet'], useBinaryProtocol: false });
+    const { client, line } = await clients.roaming(1, {
+      sdk,
+      clientId: 'ada',
+      transports: ['comet'],
+      useBinaryProtocol: false,
+    });
     const seen = await Subscriber.attach(client, name);
     await seen.channel.presence.enter('over http');
     const other = await Subscriber.attach(await clients.realtime(2), name);
@@ -280,7 +313,10 @@ for (const sdk of BOTH) {
     await seen.received(3);
     assert.deepEqual(seen.data, ['a', 'b', 'c']);
     assert.equal(client.connection.id, id);
-    assert.deepEqual((await other.channel.presence.get()).map(({ clientId }) => clientId), ['ada']);
+    assert.deepEqual(
+      (await other.channel.presence.get()).map(({ clientId }) => clientId),
+      ['ada'],
+    );
     client.close();
     await state(client.connection, 'closed');
   });
@@ -296,11 +332,17 @@ scenario('a raw resume tells each channel the truth about itself', async ({ clus
   raw.close();
   await clients.rest(2).channels.get('persisted:truth-a').publish('m', 'missed');
   const { raw: heir } = await open(cluster, 3, { key: cluster.key, resume: welcome.connectionDetails.connectionKey });
-  for (const [channel, backlog] of [['persisted:truth-b', 0], ['persisted:truth-a', 2]]) {
+  for (const [channel, backlog] of [
+    ['persisted:truth-b', 0],
+    ['persisted:truth-a', 2],
+  ]) {
     heir.send({ action: ACTION.ATTACH, channel, channelSerial: serials[channel] });
     const { flags } = await heir.next(ACTION.ATTACHED);
     assert.equal(flags & (RESUMED | 2), RESUMED | backlog, channel);
   }
-  assert.deepEqual((await heir.next(ACTION.MESSAGE)).messages.map(({ data }) => data), ['missed']);
+  assert.deepEqual(
+    (await heir.next(ACTION.MESSAGE)).messages.map(({ data }) => data),
+    ['missed'],
+  );
   heir.close();
 });

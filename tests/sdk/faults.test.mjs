@@ -53,10 +53,12 @@ scenario(`${MINUTES} minutes of faults with ${NAMES.join(', ')}; SEED=${SEED}`, 
     const faults = torment(cluster, schedule(SEED), { participants, history, stopped });
     const work = speakers.map((one, i) => publishUntil(stopped, one, { chance: dice(SEED + i), cluster }));
     const presence = speakers.map((one, i) => withPresence && appearUntil(stopped, one, dice(SEED - i)));
-    const deaths = withPresence && dieUntil(stopped, mortals, (n) => {
-      const sdk = NAMES[n % NAMES.length];
-      return participant(sdk, { name: `mortal-${n}-${sdk}`, cluster, node: (n % 3) + 1, history });
-    });
+    const deaths =
+      withPresence &&
+      dieUntil(stopped, mortals, (n) => {
+        const sdk = NAMES[n % NAMES.length];
+        return participant(sdk, { name: `mortal-${n}-${sdk}`, cluster, node: (n % 3) + 1, history });
+      });
     await Promise.race([pause(MINUTES * 60_000), faults]);
     stopped.yes = true;
     await Promise.all([faults, deaths, ...work, ...presence]);
@@ -131,7 +133,10 @@ async function dieUntil(stopped, mortals, make) {
     const one = await make(n);
     mortals.push(one);
     // It comes into a cluster that is being tormented: that it cannot even attach is no fault.
-    const inside = one.subscribe(ROOM, { presence: true }).then(() => one.appear('enter', ROOM, one.name), () => false);
+    const inside = one.subscribe(ROOM, { presence: true }).then(
+      () => one.appear('enter', ROOM, one.name),
+      () => false,
+    );
     await Promise.race([inside, pause(15_000)]);
     await pause(500);
     one.die();
@@ -141,7 +146,8 @@ async function dieUntil(stopped, mortals, make) {
 
 /** The last word of each client on its presence is acknowledged: every third one is gone, the others are there. */
 async function beSure(one, i) {
-  const said = async () => (i % 3 === 2 ? one.appear('leave', ROOM) : one.appear('enter', ROOM, `${one.name} at the end`));
+  const said = async () =>
+    i % 3 === 2 ? one.appear('leave', ROOM) : one.appear('enter', ROOM, `${one.name} at the end`);
   await until(said, { what: `an acknowledgement of the presence of ${one.name}`, within: SETTLE_MS, every: 500 });
 }
 
@@ -149,7 +155,10 @@ async function beSure(one, i) {
 async function endEverywhere(participants) {
   for (const channel of CHANNELS) {
     const text = `the end of ${channel}`;
-    await until(() => participants[0].publish(channel, [text]), { what: `the last publish on ${channel}`, within: SETTLE_MS });
+    await until(() => participants[0].publish(channel, [text]), {
+      what: `the last publish on ${channel}`,
+      within: SETTLE_MS,
+    });
     for (const one of participants) {
       // Not waited for longer: who has not got it by then will be found by the judge.
       await until(() => one.last?.get(channel) === text, { what: text, within: 20_000 }).catch(() => {});
@@ -162,7 +171,8 @@ async function lists({ cluster, participants, mortals, history }) {
   const gone = new Set(mortals.map(({ name }) => name));
   const target = `/channels/${encodeURIComponent(ROOM)}/presence?limit=1000`;
   const listed = async (id) => (await cluster.rest(id, target)).body;
-  const left = async () => (await Promise.all([1, 2, 3].map(listed))).flat().every(({ clientId }) => !gone.has(clientId));
+  const left = async () =>
+    (await Promise.all([1, 2, 3].map(listed))).flat().every(({ clientId }) => !gone.has(clientId));
   // Who stays listed after that is found by the judge.
   await until(left, { what: 'the dead to leave', within: SETTLE_MS, every: 500 }).catch(() => {});
   await pause(1_000);
@@ -177,10 +187,18 @@ async function lists({ cluster, participants, mortals, history }) {
 /** Writes down what each node tells of each channel that is kept. */
 async function stories({ cluster, clients, history }) {
   const kept = CHANNELS.filter((channel) => channel.startsWith('persisted:'));
-  await inParallel(1, cluster.nodes.flatMap(({ id }) => kept.map((channel) => [id, channel])), async ([id, channel]) => {
-    const records = (await storedIn(clients.rest(id), channel)).map(({ data, serial, id: own }) => ({ text: data, serial, id: own }));
-    history.add('stored', { channel, node: id, records });
-  });
+  await inParallel(
+    1,
+    cluster.nodes.flatMap(({ id }) => kept.map((channel) => [id, channel])),
+    async ([id, channel]) => {
+      const records = (await storedIn(clients.rest(id), channel)).map(({ data, serial, id: own }) => ({
+        text: data,
+        serial,
+        id: own,
+      }));
+      history.add('stored', { channel, node: id, records });
+    },
+  );
 }
 
 /** A thousand gaps are told by the first few and their number. */

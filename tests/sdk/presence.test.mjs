@@ -29,7 +29,10 @@ for (const sdk of Object.keys(SDKS)) {
       await ada.subscribe(name, { presence: true });
       assert.ok(await ada.appear('enter', name, { seat: 1 }), JSON.stringify(ada.history.events.at(-1)));
       await assertListed(given, name, ['ada']);
-      assert.deepEqual((await ada.members(name)).map(({ clientId }) => clientId), ['ada']);
+      assert.deepEqual(
+        (await ada.members(name)).map(({ clientId }) => clientId),
+        ['ada'],
+      );
       assert.ok(await ada.appear('update', name, 'grüße'));
       assert.ok(await ada.appear('leave', name));
       await assertListed(given, name, []);
@@ -46,35 +49,44 @@ for (const sdk of Object.keys(SDKS)) {
   });
 }
 
-scenario('every SDK: its node is killed, it comes back elsewhere within the grace, and nobody sees it leave', async (given) => {
-  const { cluster, clients } = given;
-  const name = 'presence-node-dies';
-  const watcher = await Watcher.attach(await clients.realtime(2), name);
-  const sdks = Object.keys(SDKS);
-  const history = new History();
-  const all = await Promise.all(sdks.map((sdk) => participant(sdk, { name: sdk, cluster, node: 1, history })));
-  try {
-    await Promise.all(all.map((one) => one.subscribe(name, { presence: true })));
-    for (const one of all) assert.ok(await one.appear('enter', name, 'here'), one.name);
-    await cluster.without(1, async () => {
-      await Promise.all(all.map((one) => one.settled()));
-      await pause(ORPHAN_MS);
+scenario(
+  'every SDK: its node is killed, it comes back elsewhere within the grace, and nobody sees it leave',
+  async (given) => {
+    const { cluster, clients } = given;
+    const name = 'presence-node-dies';
+    const watcher = await Watcher.attach(await clients.realtime(2), name);
+    const sdks = Object.keys(SDKS);
+    const history = new History();
+    const all = await Promise.all(sdks.map((sdk) => participant(sdk, { name: sdk, cluster, node: 1, history })));
+    try {
+      await Promise.all(all.map((one) => one.subscribe(name, { presence: true })));
+      for (const one of all) assert.ok(await one.appear('enter', name, 'here'), one.name);
+      await cluster.without(1, async () => {
+        await Promise.all(all.map((one) => one.settled()));
+        await pause(ORPHAN_MS);
+        await assertListed(given, name, sdks);
+        assert.deepEqual(await watcher.listed(), [...sdks].sort());
+        assert.deepEqual(
+          watcher.events.filter(({ action }) => action === 'leave'),
+          [],
+        );
+        // They can still speak for themselves.
+        for (const one of all) assert.ok(await one.appear('update', name, 'still here'), one.name);
+      });
       await assertListed(given, name, sdks);
-      assert.deepEqual(await watcher.listed(), [...sdks].sort());
-      assert.deepEqual(watcher.events.filter(({ action }) => action === 'leave'), []);
-      // They can still speak for themselves.
-      for (const one of all) assert.ok(await one.appear('update', name, 'still here'), one.name);
-    });
-    await assertListed(given, name, sdks);
-  } finally {
-    await Promise.all(all.map((one) => one.close()));
-  }
-});
+    } finally {
+      await Promise.all(all.map((one) => one.close()));
+    }
+  },
+);
 
 scenario('a client dies together with its node: it leaves on the others, once, in time', async (given) => {
   const { cluster, clients } = given;
   const name = 'presence-both-die';
-  const watchers = [await Watcher.attach(await clients.realtime(2), name), await Watcher.attach(await clients.realtime(3), name)];
+  const watchers = [
+    await Watcher.attach(await clients.realtime(2), name),
+    await Watcher.attach(await clients.realtime(3), name),
+  ];
   // SDKs hide a second leave; this one does not.
   const history = new History();
   const wire = await Observer.open({ name: 'wire', cluster, node: 3, history });
@@ -96,7 +108,10 @@ scenario('a client dies together with its node: it leaves on the others, once, i
   await pause(GRACE_MS + 3_000);
   for (const watcher of watchers) assert.equal(watcher.count('leave', 'eve'), 1);
   const events = history.events.filter(({ kind }) => kind === 'presence');
-  assert.deepEqual(events.map(({ action, clientId }) => `${action} ${clientId}`), ['enter eve', 'leave eve']);
+  assert.deepEqual(
+    events.map(({ action, clientId }) => `${action} ${clientId}`),
+    ['enter eve', 'leave eve'],
+  );
 });
 
 scenario('a client that is gone without a word leaves after the grace of 15 s, not before', async (given) => {
@@ -131,7 +146,11 @@ for (const sdk of [2, 1]) {
     const { clients } = given;
     const name = `presence-again-${sdk}`;
     const watcher = await Watcher.attach(await clients.realtime(2), name);
-    const { client, line } = await clients.roaming(1, { sdk, clientId: 'bob', transportParams: { remainPresentFor: '300' } });
+    const { client, line } = await clients.roaming(1, {
+      sdk,
+      clientId: 'bob',
+      transportParams: { remainPresentFor: '300' },
+    });
     await client.channels.get(name).presence.enter('first');
     await watcher.saw('enter', 'bob');
     line.die();
@@ -172,7 +191,10 @@ scenario('a hundred and fifty members are listed to who comes later, in pages', 
   }
   await assertListed(given, name, ids);
   const page = await clients.rest(3).channels.get(name).presence.get({ clientId: 'member-007' });
-  assert.deepEqual(page.items.map(({ clientId, action }) => [clientId, action]), [['member-007', 'present']]);
+  assert.deepEqual(
+    page.items.map(({ clientId, action }) => [clientId, action]),
+    [['member-007', 'present']],
+  );
   const own = await clients.rest(3).channels.get(name).presence.get({ connectionId: 'nobody' });
   assert.deepEqual(own.items, []);
 });
@@ -204,11 +226,27 @@ scenario('presence history has every event, apart from messages', async ({ clien
   for (const node of [2, 3]) {
     const rest = clients.rest(node).channels.get(name);
     const forwards = await rest.presence.history({ direction: 'forwards' });
-    assert.deepEqual(forwards.items.map(({ action, data }) => [action, data]), [['enter', 1], ['update', 2], ['leave', 3]]);
+    assert.deepEqual(
+      forwards.items.map(({ action, data }) => [action, data]),
+      [
+        ['enter', 1],
+        ['update', 2],
+        ['leave', 3],
+      ],
+    );
     const newest = await rest.presence.history({ limit: 1 });
-    assert.deepEqual(newest.items.map(({ action }) => action), ['leave']);
-    assert.deepEqual((await newest.next()).items.map(({ action }) => action), ['update']);
-    assert.deepEqual((await rest.history()).items.map(({ data }) => data), ['a message']);
+    assert.deepEqual(
+      newest.items.map(({ action }) => action),
+      ['leave'],
+    );
+    assert.deepEqual(
+      (await newest.next()).items.map(({ action }) => action),
+      ['update'],
+    );
+    assert.deepEqual(
+      (await rest.history()).items.map(({ data }) => data),
+      ['a message'],
+    );
   }
   assert.equal((await channel.presence.history()).items.length, 3);
 });
@@ -248,7 +286,10 @@ scenario('a member hears of itself even without presence_subscribe; others do no
   const name = 'presence-modes';
   const deaf = async (node, clientId) => {
     const client = await clients.realtime(node, { clientId });
-    const channel = client.channels.get(name, { modes: ['PRESENCE', 'PUBLISH', 'SUBSCRIBE'], attachOnSubscribe: false });
+    const channel = client.channels.get(name, {
+      modes: ['PRESENCE', 'PUBLISH', 'SUBSCRIBE'],
+      attachOnSubscribe: false,
+    });
     const heard = [];
     await channel.presence.subscribe((event) => heard.push(event.clientId));
     await channel.attach();
@@ -259,7 +300,10 @@ scenario('a member hears of itself even without presence_subscribe; others do no
   await bob.channel.presence.enter();
   await until(() => ada.heard.length > 0 && bob.heard.length > 0, { what: 'each to hear of itself' });
   // A message after the last event shows that nothing else is on its way.
-  const [last] = await Promise.all([new Promise((resolve) => ada.channel.subscribe('end', resolve)), bob.channel.publish('end')]);
+  const [last] = await Promise.all([
+    new Promise((resolve) => ada.channel.subscribe('end', resolve)),
+    bob.channel.publish('end'),
+  ]);
   assert.equal(last.name, 'end');
   assert.deepEqual([ada.heard, bob.heard], [['ada'], ['bob']]);
 });
@@ -291,7 +335,10 @@ scenario('a channel takes two hundred members and more, but not without end', as
   let refused;
   for (let n = 0; n < 1_100 && !refused; n++) {
     const id = `member-${n}`;
-    await presence.enterClient(id).then(() => inside.push(id), (error) => (refused = error));
+    await presence.enterClient(id).then(
+      () => inside.push(id),
+      (error) => (refused = error),
+    );
   }
   assert.equal(refused?.code, 91003, `${inside.length} members`);
   assert.ok(inside.length >= 200, `${inside.length} members`);

@@ -32,35 +32,53 @@ async function ask(cluster, id, token, channel = 'asked') {
 }
 
 for (const sdk of BOTH) {
-  scenario(`ably-js ${sdk}: a signed request becomes a token on any node, good on every node`, async ({ cluster, clients }) => {
-    const capability = { [`signed-${sdk}`]: ['publish', 'subscribe', 'history'] };
-    const request = await clients.rest(1, { sdk }).auth.createTokenRequest({ clientId: 'ada', capability: JSON.stringify(capability) });
-    const { status, body } = await exchange(cluster, 2, request);
-    assert.equal(status, 201);
-    assert.deepEqual(JSON.parse(body.capability), capability);
-    assert.equal(body.clientId, 'ada');
-    assert.ok(body.expires - body.issued === 3_600_000, JSON.stringify(body));
-    for (const node of [1, 3]) {
-      const client = await clients.realtime(node, { sdk, token: body.token });
-      assert.equal(client.auth.clientId, 'ada');
-      await client.channels.get(`signed-${sdk}`).publish('m', String(node));
-    }
-    const rest = clients.rest(2, { sdk, token: body.token });
-    const page = await rest.channels.get(`signed-${sdk}`).history();
-    assert.deepEqual(page.items.map(({ data, clientId }) => [data, clientId]), [['3', 'ada'], ['1', 'ada']]);
-    assert.equal((await refusal(rest.channels.get('another').history())).code, 40160);
-  });
+  scenario(
+    `ably-js ${sdk}: a signed request becomes a token on any node, good on every node`,
+    async ({ cluster, clients }) => {
+      const capability = { [`signed-${sdk}`]: ['publish', 'subscribe', 'history'] };
+      const request = await clients
+        .rest(1, { sdk })
+        .auth.createTokenRequest({ clientId: 'ada', capability: JSON.stringify(capability) });
+      const { status, body } = await exchange(cluster, 2, request);
+      assert.equal(status, 201);
+      assert.deepEqual(JSON.parse(body.capability), capability);
+      assert.equal(body.clientId, 'ada');
+      assert.ok(body.expires - body.issued === 3_600_000, JSON.stringify(body));
+      for (const node of [1, 3]) {
+        const client = await clients.realtime(node, { sdk, token: body.token });
+        assert.equal(client.auth.clientId, 'ada');
+        await client.channels.get(`signed-${sdk}`).publish('m', String(node));
+      }
+      const rest = clients.rest(2, { sdk, token: body.token });
+      const page = await rest.channels.get(`signed-${sdk}`).history();
+      assert.deepEqual(
+        page.items.map(({ data, clientId }) => [data, clientId]),
+        [
+          ['3', 'ada'],
+          ['1', 'ada'],
+        ],
+      );
+      assert.equal((await refusal(rest.channels.get('another').history())).code, 40160);
+    },
+  );
 
-  scenario(`ably-js ${sdk}: a callback's token request, on a node that dies afterwards`, async ({ cluster, clients }) => {
-    const authCallback = (params, done) => clients.rest(1, { sdk }).auth.createTokenRequest({ ...params, clientId: 'ada' }).then((request) => done(null, request), done);
-    const { client } = await clients.roaming(1, { sdk, authCallback });
-    const seen = await Subscriber.attach(client, `callback-${sdk}`);
-    await cluster.without(1, async () => {
-      await clients.rest(2).channels.get(`callback-${sdk}`).publish('m', 'x');
-      await seen.received(1);
-    });
-    assert.equal(client.auth.clientId, 'ada');
-  });
+  scenario(
+    `ably-js ${sdk}: a callback's token request, on a node that dies afterwards`,
+    async ({ cluster, clients }) => {
+      const authCallback = (params, done) =>
+        clients
+          .rest(1, { sdk })
+          .auth.createTokenRequest({ ...params, clientId: 'ada' })
+          .then((request) => done(null, request), done);
+      const { client } = await clients.roaming(1, { sdk, authCallback });
+      const seen = await Subscriber.attach(client, `callback-${sdk}`);
+      await cluster.without(1, async () => {
+        await clients.rest(2).channels.get(`callback-${sdk}`).publish('m', 'x');
+        await seen.received(1);
+      });
+      assert.equal(client.auth.clientId, 'ada');
+    },
+  );
 
   scenario(`ably-js ${sdk}: a customer's JWT`, async ({ cluster, clients }) => {
     const name = `jwt-${sdk}`;
@@ -106,7 +124,11 @@ scenario('a request is refused for its clock, its signature, its key, its terms'
   ];
   for (const [request, status, codes] of cases) {
     const answer = await exchange(cluster, 2, request);
-    assert.deepEqual([answer.status, codes.includes(answer.body.error?.code)], [status, true], JSON.stringify([request, answer]));
+    assert.deepEqual(
+      [answer.status, codes.includes(answer.body.error?.code)],
+      [status, true],
+      JSON.stringify([request, answer]),
+    );
   }
 });
 
@@ -142,8 +164,13 @@ scenario('an Ably token inside a JWT is the one that counts', async ({ cluster, 
 scenario('each operation needs its capability', async ({ clients }) => {
   const name = 'ops:one';
   const holding = async (operations, resource = 'ops:*') => {
-    const { token } = await clients.rest(2).auth.requestToken({ clientId: 'ada', capability: { [resource]: operations } });
-    return { rest: clients.rest(3, { token }).channels.get(name), live: (await clients.realtime(1, { token })).channels.get(name) };
+    const { token } = await clients
+      .rest(2)
+      .auth.requestToken({ clientId: 'ada', capability: { [resource]: operations } });
+    return {
+      rest: clients.rest(3, { token }).channels.get(name),
+      live: (await clients.realtime(1, { token })).channels.get(name),
+    };
   };
   const operations = {
     publish: [({ rest }) => rest.publish('m', 'x'), ({ live }) => live.publish('m', 'x')],
@@ -162,7 +189,15 @@ scenario('each operation needs its capability', async ({ clients }) => {
       assert.equal((await refusal(attempt(await holding(without)), `${operation} without it`)).code, 40160);
     }
   }
-  for (const [resource, allowed] of [['*', true], ['ops:one', true], ['ops:*', true], ['*:one', true], ['ops', false], ['ops:o*', false], ['other:*', false]]) {
+  for (const [resource, allowed] of [
+    ['*', true],
+    ['ops:one', true],
+    ['ops:*', true],
+    ['*:one', true],
+    ['ops', false],
+    ['ops:o*', false],
+    ['other:*', false],
+  ]) {
     const { rest } = await holding(['publish'], resource);
     if (allowed) await rest.publish('m', 'x');
     else assert.equal((await refusal(rest.publish('m', 'x'), resource)).code, 40160);
@@ -173,7 +208,10 @@ scenario('a token has what both its request and its key allow', async ({ cluster
   const { keys } = await createApp(cluster, { keys: [{ capability: '{"a:*":["publish","subscribe"],"b":["*"]}' }] });
   const { auth } = clients.rest(2, { key: keys[0] });
   const granted = async (capability) => JSON.parse((await auth.requestToken({ capability })).capability);
-  assert.deepEqual(await granted({ 'a:x': ['publish', 'history'], b: ['subscribe'] }), { 'a:x': ['publish'], b: ['subscribe'] });
+  assert.deepEqual(await granted({ 'a:x': ['publish', 'history'], b: ['subscribe'] }), {
+    'a:x': ['publish'],
+    b: ['subscribe'],
+  });
   assert.deepEqual(await granted({ '*': ['*'] }), { 'a:*': ['publish', 'subscribe'], b: ['*'] });
   assert.equal((await refusal(granted({ c: ['publish'] }))).code, 40160);
   assert.deepEqual(JSON.parse((await auth.requestToken()).capability), { 'a:*': ['publish', 'subscribe'], b: ['*'] });
@@ -200,7 +238,10 @@ scenario('who one is follows from the credential', async ({ cluster, clients }) 
     const frame = await welcome(query);
     assert.equal(frame.connectionDetails?.clientId, wanted, JSON.stringify([query, frame]));
   }
-  for (const query of [{ access_token: token('ada'), clientId: 'bob' }, { access_token: token(), clientId: 'ada' }]) {
+  for (const query of [
+    { access_token: token('ada'), clientId: 'bob' },
+    { access_token: token(), clientId: 'ada' },
+  ]) {
     assert.equal((await welcome(query)).error?.code, 40102, JSON.stringify(query));
   }
   const wild = (await clients.realtime(1, { token: token('*') })).channels.get('who');
@@ -208,12 +249,19 @@ scenario('who one is follows from the credential', async ({ cluster, clients }) 
   const named = (await clients.realtime(1, { token: token('ada') })).channels.get('who');
   assert.equal((await refusal(named.publish({ name: 'm', data: 'x', clientId: 'bob' }))).code, 40012);
   const { items } = await clients.rest(3).channels.get('who').history();
-  assert.deepEqual(items.map(({ clientId }) => clientId), ['anybody']);
+  assert.deepEqual(
+    items.map(({ clientId }) => clientId),
+    ['anybody'],
+  );
 });
 
 scenario('wrong and unknown keys are told apart', async ({ cluster, clients }) => {
   const [keyName] = cluster.key.split(':');
-  for (const [key, code] of [[`${keyName}:wrong`, 40101], ['this.is:wrong', 40101], [`${cluster.app}.unknown:secret`, 40101]]) {
+  for (const [key, code] of [
+    [`${keyName}:wrong`, 40101],
+    ['this.is:wrong', 40101],
+    [`${cluster.app}.unknown:secret`, 40101],
+  ]) {
     const client = clients.create({ key, port: cluster.port(1) });
     const failed = await once(client.connection, 'failed', { what: `a connection with ${key} to fail` });
     assert.ok([code, 40400].includes(failed.reason.code), `${key}: ${failed.reason.code}`);
@@ -223,38 +271,47 @@ scenario('wrong and unknown keys are told apart', async ({ cluster, clients }) =
   assert.ok(!JSON.stringify(rest.body).includes('wrong'), 'a secret is not repeated');
 });
 
-scenario('a token that is revoked ends its connections on every node, and stays out through deaths', async ({ cluster, clients }) => {
-  const { keys } = await createApp(cluster, { keys: [{ revocable_tokens: true }] });
-  const rest = clients.rest(1, { key: keys[0] });
-  const { token } = await rest.auth.requestToken({ clientId: 'eve' });
-  const { token: innocent } = await rest.auth.requestToken({ clientId: 'ada' });
-  const victims = await Promise.all([1, 2, 3].map((node) => clients.realtime(node, { token })));
-  const ada = await clients.realtime(2, { token: innocent });
-  const ended = victims.map(({ connection }) => new Promise((resolve) => connection.on((change) => change.reason && resolve(change.reason))));
-  const { successCount, results } = await rest.auth.revokeTokens([{ type: 'clientId', value: 'eve' }]);
-  assert.equal(successCount, 1, JSON.stringify(results));
-  assert.equal(results[0].target, 'clientId:eve');
-  for (const reason of await Promise.all(ended)) {
-    // The SDK cannot renew a bare token, which it says instead of the reason that it was given.
-    assert.ok([40141, 40171].includes(reason.code), JSON.stringify(reason));
-  }
-  for (const node of [1, 2, 3]) assert.deepEqual(await ask(cluster, node, token), { status: 401, code: 40141 });
-  assert.equal(ada.connection.state, 'connected');
-  await cluster.without(1, async () => {
-    for (const node of [2, 3]) assert.deepEqual(await ask(cluster, node, token), { status: 401, code: 40141 });
-    assert.equal((await ask(cluster, 2, innocent)).status, 200);
-  });
-  // What is issued afterwards is good.
-  await until(async () => (await ask(cluster, 3, (await rest.auth.requestToken({ clientId: 'eve' })).token)).status === 200,
-    { what: 'a new token of the same client to be good', within: 5_000 });
-});
+scenario(
+  'a token that is revoked ends its connections on every node, and stays out through deaths',
+  async ({ cluster, clients }) => {
+    const { keys } = await createApp(cluster, { keys: [{ revocable_tokens: true }] });
+    const rest = clients.rest(1, { key: keys[0] });
+    const { token } = await rest.auth.requestToken({ clientId: 'eve' });
+    const { token: innocent } = await rest.auth.requestToken({ clientId: 'ada' });
+    const victims = await Promise.all([1, 2, 3].map((node) => clients.realtime(node, { token })));
+    const ada = await clients.realtime(2, { token: innocent });
+    const ended = victims.map(
+      ({ connection }) => new Promise((resolve) => connection.on((change) => change.reason && resolve(change.reason))),
+    );
+    const { successCount, results } = await rest.auth.revokeTokens([{ type: 'clientId', value: 'eve' }]);
+    assert.equal(successCount, 1, JSON.stringify(results));
+    assert.equal(results[0].target, 'clientId:eve');
+    for (const reason of await Promise.all(ended)) {
+      // The SDK cannot renew a bare token, which it says instead of the reason that it was given.
+      assert.ok([40141, 40171].includes(reason.code), JSON.stringify(reason));
+    }
+    for (const node of [1, 2, 3]) assert.deepEqual(await ask(cluster, node, token), { status: 401, code: 40141 });
+    assert.equal(ada.connection.state, 'connected');
+    await cluster.without(1, async () => {
+      for (const node of [2, 3]) assert.deepEqual(await ask(cluster, node, token), { status: 401, code: 40141 });
+      assert.equal((await ask(cluster, 2, innocent)).status, 200);
+    });
+    // What is issued afterwards is good.
+    await until(
+      async () => (await ask(cluster, 3, (await rest.auth.requestToken({ clientId: 'eve' })).token)).status === 200,
+      { what: 'a new token of the same client to be good', within: 5_000 },
+    );
+  },
+);
 
 scenario('revocation says what it cannot do', async ({ cluster, clients }) => {
   const error = await refusal(clients.rest(1).auth.revokeTokens([{ type: 'clientId', value: 'x' }]));
   assert.equal(error.code, 40163);
   const { keys } = await createApp(cluster, { keys: [{ revocable_tokens: true }] });
-  const { successCount, failureCount, results } = await clients.rest(2, { key: keys[0] }).auth
-    .revokeTokens([{ type: 'clientId', value: 'x' }, { type: 'nonsense', value: 'y' }]);
+  const { successCount, failureCount, results } = await clients.rest(2, { key: keys[0] }).auth.revokeTokens([
+    { type: 'clientId', value: 'x' },
+    { type: 'nonsense', value: 'y' },
+  ]);
   assert.deepEqual([successCount, failureCount], [1, 1]);
   assert.equal(results[1].error.statusCode, 400);
 });
@@ -267,7 +324,10 @@ scenario('apps are apart: no key, token or channel of one reaches the other', as
   await seen.received(1);
   assert.deepEqual(seen.data, ['ours']);
   const { items } = await clients.rest(1, { key: two.keys[0] }).channels.get('shared').history();
-  assert.deepEqual(items.map(({ data }) => data), ['theirs']);
+  assert.deepEqual(
+    items.map(({ data }) => data),
+    ['theirs'],
+  );
   // A token names its app; the other's key does not make one good.
   const crossed = jwt(`${one.keys[0].split(':')[0]}:${two.keys[0].split(':')[1]}`);
   assert.ok((await ask(cluster, 2, crossed)).status >= 400);
@@ -276,6 +336,8 @@ scenario('apps are apart: no key, token or channel of one reaches the other', as
   const ended = new Promise((resolve) => live.connection.on((change) => change.reason && resolve(change.reason)));
   await deleteApp(cluster, two.appId);
   await ended;
-  await until(async () => (await cluster.rest(1, '/channels/shared/messages', { key: two.keys[0] })).status >= 400, { what: 'the app to be gone' });
+  await until(async () => (await cluster.rest(1, '/channels/shared/messages', { key: two.keys[0] })).status >= 400, {
+    what: 'the app to be gone',
+  });
   await clients.rest(3, { key: one.keys[0] }).channels.get('shared').publish('m', 'still here');
 });

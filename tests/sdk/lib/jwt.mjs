@@ -10,7 +10,9 @@ export function jwt(key, claims = {}, { header = {}, secret } = {}) {
     { typ: 'JWT', alg: 'HS256', kid: keyName, ...header },
     { iat: now, exp: now + 3600, ...claims },
   ].map((part) => Buffer.from(JSON.stringify(part)).toString('base64url'));
-  const signature = createHmac('sha256', secret ?? keySecret).update(parts.join('.')).digest('base64url');
+  const signature = createHmac('sha256', secret ?? keySecret)
+    .update(parts.join('.'))
+    .digest('base64url');
   return [...parts, signature].join('.');
 }
 

@@ -70,7 +70,7 @@ export class Line {
       return;
     }
     const living = this.cluster.living();
-    const node = living.includes(this.target) ? this.target : living[0] ?? this.target;
+    const node = living.includes(this.target) ? this.target : (living[0] ?? this.target);
     const inside = net.connect(this.cluster.port(node), '127.0.0.1');
     const both = [outside, inside];
     const pair = {
@@ -79,7 +79,10 @@ export class Line {
       end: () => both.forEach((socket) => socket.destroy()),
     };
     this.#pairs.add(pair);
-    for (const [socket, peer] of [[outside, inside], [inside, outside]]) {
+    for (const [socket, peer] of [
+      [outside, inside],
+      [inside, outside],
+    ]) {
       socket.setNoDelay(true);
       socket.on('data', (part) => {
         if (!peer.write(part)) socket.pause();

@@ -54,6 +54,10 @@ export async function restMembers(clients, id, name) {
 /** Every living node lists exactly these, at once: what was acknowledged anywhere is read everywhere. */
 export async function assertListed(given, name, wanted) {
   for (const id of given.cluster.living()) {
-    assert.deepEqual(await restMembers(given.clients, id, name), [...wanted].sort(), `members of ${name} on node ${id}`);
+    assert.deepEqual(
+      await restMembers(given.clients, id, name),
+      [...wanted].sort(),
+      `members of ${name} on node ${id}`,
+    );
   }
 }

@@ -99,5 +99,8 @@ async function paused(cluster, nodes, meanwhile) {
 
 /** `ms`, or less when it is over. */
 async function sleep(ms, stopped) {
-  await Promise.race([pause(ms), until(() => stopped.yes, { what: 'the end', within: ms + 1_000, every: 50 }).catch(() => {})]);
+  await Promise.race([
+    pause(ms),
+    until(() => stopped.yes, { what: 'the end', within: ms + 1_000, every: 50 }).catch(() => {}),
+  ]);
 }

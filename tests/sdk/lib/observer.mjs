@@ -23,7 +23,8 @@ export class Observer extends Participant {
   static async open({ name, cluster, node, history }) {
     const line = await Line.open(cluster, node);
     const self = new Observer({ name, history, line });
-    self.target = (query) => `ws://127.0.0.1:${line.port}/?${new URLSearchParams({ key: cluster.key, format: 'json', v: '6', ...query })}`;
+    self.target = (query) =>
+      `ws://127.0.0.1:${line.port}/?${new URLSearchParams({ key: cluster.key, format: 'json', v: '6', ...query })}`;
     self.#connect();
     return self;
   }
@@ -75,7 +76,11 @@ export class Observer extends Participant {
     const channel = this.#channels.get(frame.channel);
     if (frame.action === ACTION.CONNECTED) {
       this.key = frame.connectionDetails.connectionKey;
-      this.onConnection({ state: 'connected', connectionId: frame.connectionId, reason: frame.error && describe(frame.error) });
+      this.onConnection({
+        state: 'connected',
+        connectionId: frame.connectionId,
+        reason: frame.error && describe(frame.error),
+      });
       for (const name of this.#channels.keys()) this.#attach(name);
     } else if (frame.action === ACTION.ATTACHED) {
       this.#onAttached(channel, frame);

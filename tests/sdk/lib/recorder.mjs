@@ -9,7 +9,7 @@
 //   message     {client, channel, text, serial?, id, connectionId}
 //   presence    {client, channel, action, clientId, connectionId, data, id}
 //   present     {client, channel, clientId, data}: a presence operation was acknowledged; `absent` the same of a leave
-//   read        {channel, node, after, limit, records}: the newest `limit` records, asked for when `after` was acknowledged
+//   read        {channel, node, after, limit, records}: the newest records, asked for when `after` was acknowledged
 //   died        {client, connectionId}: its machine is gone without a word
 //   fault       {what}: what the nemesis did; of no meaning to the judge
 //   stored      {channel, node, records: [{text, serial, id}]} oldest first, all of them
@@ -115,7 +115,8 @@ export class Participant {
   }
 
   async settled({ within = 60_000 } = {}) {
-    const ready = () => this.state === 'connected' && [...this.attached.values()].every((state) => state === 'attached');
+    const ready = () =>
+      this.state === 'connected' && [...this.attached.values()].every((state) => state === 'attached');
     const what = () => `${this.name} to be connected and attached; it is ${this.state}, ${[...this.attached.values()]}`;
     await until(ready, { what: what(), within }).catch((error) => {
       throw new Error(`${error.message}; now ${what()}`);
@@ -163,31 +164,39 @@ class JavaScript extends Participant {
   static async open(options, client) {
     const self = new JavaScript(options);
     self.client = client;
-    client.connection.on((change) => self.onConnection({
-      state: change.current,
-      connectionId: client.connection.id,
-      reason: change.reason && describe(change.reason),
-    }));
+    client.connection.on((change) =>
+      self.onConnection({
+        state: change.current,
+        connectionId: client.connection.id,
+        reason: change.reason && describe(change.reason),
+      }),
+    );
     return self;
   }
 
   async subscribe(name, { presence = false } = {}) {
     const channel = this.client.channels.get(name);
-    channel.on((change) => this.onChannel({
-      channel: name,
-      state: channel.state === 'attached' && change.previous === 'attached' && change.current === 'attached'
-        ? 'update' : change.current,
-      resumed: change.resumed,
-      attachSerial: channel.properties.attachSerial,
-      reason: change.reason && describe(change.reason),
-    }));
-    await channel.subscribe((message) => this.onMessage({
-      channel: name,
-      text: message.data,
-      serial: message.serial,
-      id: message.id,
-      connectionId: message.connectionId,
-    }));
+    channel.on((change) =>
+      this.onChannel({
+        channel: name,
+        state:
+          channel.state === 'attached' && change.previous === 'attached' && change.current === 'attached'
+            ? 'update'
+            : change.current,
+        resumed: change.resumed,
+        attachSerial: channel.properties.attachSerial,
+        reason: change.reason && describe(change.reason),
+      }),
+    );
+    await channel.subscribe((message) =>
+      this.onMessage({
+        channel: name,
+        text: message.data,
+        serial: message.serial,
+        id: message.id,
+        connectionId: message.connectionId,
+      }),
+    );
     if (presence) {
       await channel.presence.subscribe((event) => this.add('presence', { channel: name, ...told(event) }));
     }
@@ -233,7 +242,9 @@ class Python extends Participant {
     const argv = [PYTHON, DRIVER, options.key, `127.0.0.1:${options.line.port}`, options.name, format];
     self.process = startPiped(argv);
     self.process.stdin.on('error', () => {});
-    self.process.stderr.setEncoding('utf8').on('data', (part) => (self.#complaints = (self.#complaints + part).slice(-4000)));
+    self.process.stderr
+      .setEncoding('utf8')
+      .on('data', (part) => (self.#complaints = (self.#complaints + part).slice(-4000)));
     readline.createInterface({ input: self.process.stdout }).on('line', (line) => self.#onLine(JSON.parse(line)));
     self.process.ended.then(() => self.#onEnd());
     return self;

@@ -34,11 +34,17 @@ function judgeLists(events, add) {
     const listed = new Map();
     for (const member of members) {
       if (listed.has(member.clientId)) {
-        add('ghost', channel, from, `${member.clientId} is listed with ${listed.get(member.clientId).connectionId} and ${member.connectionId}`);
+        add(
+          'ghost',
+          channel,
+          from,
+          `${member.clientId} is listed with ${listed.get(member.clientId).connectionId} and ${member.connectionId}`,
+        );
       }
       listed.set(member.clientId, member);
       if (doubtful.has(member.clientId)) continue;
-      if (!wanted.has(member.clientId)) add('ghost', channel, from, `${member.clientId} (${member.connectionId}) is listed`);
+      if (!wanted.has(member.clientId))
+        add('ghost', channel, from, `${member.clientId} (${member.connectionId}) is listed`);
       else if (!same(member.data, wanted.get(member.clientId))) {
         add('stale', channel, from, `${member.clientId}: ${member.data} instead of ${wanted.get(member.clientId)}`);
       }
@@ -52,7 +58,8 @@ function judgeLists(events, add) {
 /** A member leaves once for whoever saw it, and the dead ones leave in time. */
 function judgeLeaves(events, { leaveWithinMs, add }) {
   const deaths = new Map();
-  for (const { kind, client, connectionId, at } of events) if (kind === 'died') deaths.set(client, { connectionId, at });
+  for (const { kind, client, connectionId, at } of events)
+    if (kind === 'died') deaths.set(client, { connectionId, at });
   const seen = new Map();
   for (const event of events) {
     if (event.kind !== 'presence') continue;

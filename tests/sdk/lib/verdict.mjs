@@ -75,7 +75,15 @@ export function summary(events) {
 function readLedgers(events) {
   const ledgers = new Map();
   const of = (channel) => {
-    if (!ledgers.has(channel)) ledgers.set(channel, { serials: new Map(), acks: new Map(), seen: new Set(), stored: [], batches: [], acked: [] });
+    if (!ledgers.has(channel))
+      ledgers.set(channel, {
+        serials: new Map(),
+        acks: new Map(),
+        seen: new Set(),
+        stored: [],
+        batches: [],
+        acked: [],
+      });
     return ledgers.get(channel);
   };
   const note = (known, text, serial) => {
@@ -116,14 +124,16 @@ function judgeLedger(channel, ledger, add) {
   for (const [text, serials] of ledger.serials) {
     if (serials.size > 1) add('doubled', channel, undefined, `${text} is at ${[...serials].join(' and ')}`);
     for (const serial of serials) {
-      if (bySerial.has(serial)) add('disagreement', channel, undefined, `${serial}: ${bySerial.get(serial)} and ${text}`);
+      if (bySerial.has(serial))
+        add('disagreement', channel, undefined, `${serial}: ${bySerial.get(serial)} and ${text}`);
       bySerial.set(serial, text);
     }
   }
   for (const [text, serials] of ledger.acks) {
     const told = ledger.serials.get(text);
     for (const serial of serials) {
-      if (told && !told.has(serial)) add('wrong-ack', channel, undefined, `${text}: acknowledged as ${serial}, is at ${[...told]}`);
+      if (told && !told.has(serial))
+        add('wrong-ack', channel, undefined, `${text}: acknowledged as ${serial}, is at ${[...told]}`);
     }
   }
   for (const { node, records } of ledger.stored) judgeHistory(channel, node, records, add);
@@ -131,7 +141,8 @@ function judgeLedger(channel, ledger, add) {
   for (const other of others) {
     const length = Math.max(first.records.length, other.records.length);
     const at = Array.from({ length }).findIndex((_, i) => first.records[i]?.serial !== other.records[i]?.serial);
-    if (at >= 0) add('nodes-differ', channel, undefined, `nodes ${first.node} and ${other.node} part at ${at} of ${length}`);
+    if (at >= 0)
+      add('nodes-differ', channel, undefined, `nodes ${first.node} and ${other.node} part at ${at} of ${length}`);
   }
   judgeAcked(channel, ledger, add);
 }
@@ -154,12 +165,14 @@ function judgeAcked(channel, ledger, add) {
       const without = isPersisted(channel) ? stored.filter(([, all]) => !all.has(text)).map(([node]) => node) : [];
       const nowhere = !ledger.serials.has(text) && !ledger.seen.has(text);
       if (nowhere) add('lost', channel, client, `${text} was acknowledged, and nobody has it`);
-      else if (without.length > 0) add('lost', channel, client, `${text} was acknowledged, and nodes ${without} lack it`);
+      else if (without.length > 0)
+        add('lost', channel, client, `${text} was acknowledged, and nodes ${without} lack it`);
     }
   }
   if (!isPersisted(channel) || stored.length === 0) return;
   for (const text of ledger.seen) {
-    if (!stored.some(([, all]) => all.has(text))) add('phantom', channel, undefined, `${text} was received, and no history has it`);
+    if (!stored.some(([, all]) => all.has(text)))
+      add('phantom', channel, undefined, `${text} was received, and no history has it`);
   }
 }
 
@@ -172,7 +185,8 @@ function readViews(events) {
     const { kind, client, channel } = event;
     const key = `${client} ${channel}`;
     if (kind === 'died') dead.add(client);
-    if (kind === 'connection') away.set(client, event.state === 'connected' ? undefined : away.get(client) ?? event.at);
+    if (kind === 'connection')
+      away.set(client, event.state === 'connected' ? undefined : (away.get(client) ?? event.at));
     if (kind === 'channel') {
       if (!views.has(key)) views.set(key, { client, channel, stretches: [], losses: [], strays: [] });
       const view = views.get(key);
@@ -208,7 +222,8 @@ function judgeView({ client, channel, stretches, losses, open }, ledger, { reten
   let before;
   stretches.forEach((stretch, i) => {
     const first = stretch.seen[0]?.serial;
-    if (before && first && first <= before) add('regressed', channel, client, `${first} in a later stretch than ${before}`);
+    if (before && first && first <= before)
+      add('regressed', channel, client, `${first} in a later stretch than ${before}`);
     before = stretch.seen.at(-1)?.serial ?? before;
     judgeStretch(stretch, ledger.order, {
       toTheEnd: open && i === stretches.length - 1,
@@ -247,7 +262,10 @@ function judgeStretch({ from, seen, resumes }, { records, at }, { toTheEnd, add 
       continue;
     }
     const lied = resumes.some((index) => index > before && index <= following(records, place, own, seen.length));
-    add(lied ? 'false-resume' : 'gap', `${text} at ${serial} never came; before it came ${seen[before]?.text ?? 'nothing'}`);
+    add(
+      lied ? 'false-resume' : 'gap',
+      `${text} at ${serial} never came; before it came ${seen[before]?.text ?? 'nothing'}`,
+    );
   }
 }
 
@@ -293,7 +311,8 @@ function judgePublishers(events, ledgers, add) {
     const { at, records } = ledgers.get(channel).order;
     const places = texts.map((text) => at.get(text));
     if (places.includes(undefined)) continue;
-    if (places.some((place, i) => i > 0 && place !== places[i - 1] + 1)) add('torn', channel, client, `${texts} at ${places}`);
+    if (places.some((place, i) => i > 0 && place !== places[i - 1] + 1))
+      add('torn', channel, client, `${texts} at ${places}`);
     const key = `${client} ${channel}`;
     if (last.has(key) && places[0] < last.get(key)) {
       add('publisher-order', channel, client, `${texts[0]} lies before ${records[last.get(key)].text}`);
