@@ -219,19 +219,19 @@ scenario('members are listed after the death of the node that they came to and o
 scenario('presence history has every event, apart from messages', async ({ clients }) => {
   const name = 'persisted:presence-history';
   const channel = (await clients.realtime(1, { clientId: 'ada' })).channels.get(name);
-  await channel.presence.enter(1);
+  await channel.presence.enter('1');
   await channel.publish('m', 'a message');
-  await channel.presence.update(2);
-  await channel.presence.leave(3);
+  await channel.presence.update('2');
+  await channel.presence.leave('3');
   for (const node of [2, 3]) {
     const rest = clients.rest(node).channels.get(name);
     const forwards = await rest.presence.history({ direction: 'forwards' });
     assert.deepEqual(
       forwards.items.map(({ action, data }) => [action, data]),
       [
-        ['enter', 1],
-        ['update', 2],
-        ['leave', 3],
+        ['enter', '1'],
+        ['update', '2'],
+        ['leave', '3'],
       ],
     );
     const newest = await rest.presence.history({ limit: 1 });
