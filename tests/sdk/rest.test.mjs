@@ -210,7 +210,7 @@ scenario(
     ];
     const serials = (await post(2, batch)).body.serials;
     await cluster.without(2, async () => assert.deepEqual((await post(3, batch)).body.serials, serials));
-    assert.equal((await post(1, [{ id: 'x:0', data: 1 }, { data: 2 }])).body.error.code, 40031);
+    assert.equal((await post(1, [{ id: 'x:0', data: '1' }, { data: '2' }])).body.error.code, 40031);
     const { items } = await clients.rest(3).channels.get('ids').history({ direction: 'forwards' });
     assert.deepEqual(
       items.map(({ id, data }) => [id, data]),
