@@ -154,10 +154,8 @@ fn newer_segments_and_frames_are_refused_by_version() {
     let newer = u8::try_from(segment::VERSION + 1).unwrap();
     let mut header = whole.clone();
     header[8] = newer;
-    let of_header = crc32c::crc32c_append(
-        crc32c::crc32c(&header[..12]),
-        &header[16..segment::HEADER],
-    );
+    let of_header =
+        crc32c::crc32c_append(crc32c::crc32c(&header[..12]), &header[16..segment::HEADER]);
     header[12..16].copy_from_slice(&of_header.to_le_bytes());
     let mut frame = whole;
     frame[start + 8] = frame::VERSION + 1;
