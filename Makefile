@@ -34,7 +34,7 @@ soak: MINUTES ?= 60
 SEEDS ?= 100000
 FROM ?= 0
 
-.PHONY: help test setup tools build lint fmt clippy doc deny unit seeds bench sdk faults kafka page soak kafka-jars fix audit clean
+.PHONY: help test setup tools build lint fmt clippy doc deny unit seeds bench sdk faults kafka page soak catchup kafka-jars fix audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,9 +54,10 @@ tools: ## check for system tools; install missing Debian packages when root
 	@tests/need 'Python 3 with venv' 'python3 -c "import venv, ensurepip"' python3 python3-venv
 	@tests/need 'Chromium' 'command -v chromium || command -v chromium-browser || command -v google-chrome' chromium
 
-build: ## the release binary
+# Tests bring features of their own to some dependencies: a binary built apart from them would be a second build of everything.
+build: ## the release binary, as the tests build it, and the tests
 	@echo "== build"
-	cargo build $(CARGO_FLAGS)
+	cargo test $(CARGO_FLAGS) --no-run
 
 lint: fmt clippy doc deny ## formatting, clippy, documentation, licences and sources; warnings are errors
 
@@ -106,6 +107,9 @@ page: build $(NODE_MODULES) ## the chat page in headless Chromium; screenshots i
 soak: build $(NODE_MODULES) ## an hour of publishing with retention: memory and disk must stay flat; MINUTES=60, results in target/soak
 	@echo "== $(MINUTES) minutes of publishing"
 	MINUTES=$(MINUTES) node tests/soak/retention.mjs
+
+catchup: build $(NODE_MODULES) ## how fast an emptied node gets GB=2 back, beside plain sequential writes to the same disk
+	node tests/soak/catchup.mjs
 
 # Each file has a cluster of its own; two at once would measure each other on a small machine.
 run_node = node --test --test-concurrency=1 --test-reporter=spec $(addsuffix .test.mjs,$(1))

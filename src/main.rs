@@ -9,6 +9,10 @@ use firth::transport::certs;
 use firth::types::NodeId;
 use firth::{admin, client, node, storage};
 
+/// The system's allocator keeps an arena per thread, and much of what is freed stays with whichever arena it came from.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// A clustered edge broker: Kafka's streams to every browser and phone, and back, in order, exactly once
 #[derive(Debug, Parser)]
 #[command(version, about, propagate_version = true)]

@@ -26,6 +26,7 @@ mod layout;
 mod leaders;
 mod log;
 mod memory;
+mod outgoing;
 mod read;
 mod recover;
 mod scan;

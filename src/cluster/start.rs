@@ -101,6 +101,12 @@ impl Cluster {
             leaving: std::sync::Mutex::default(),
             readers: Arc::new(tokio::sync::Semaphore::new(READERS)),
         }));
+        // Who leads nothing calls nobody; it must reach the others all the same when it leaves.
+        for node in cluster.nodes().keys().filter(|n| **n != cluster.node()) {
+            if let Err(err) = cluster.0.transport.connect(*node) {
+                tracing::debug!(%node, %err, "not dialed");
+            }
+        }
         if begin == Some(Begin::Found) && cluster.is_first() {
             cluster.0.control.initialize(&cluster.voters()).await?;
         }

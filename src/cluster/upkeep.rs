@@ -27,6 +27,8 @@ pub struct Options {
     pub held_bytes_max: u64,
     /// How often the replicas compare their states.
     pub check_period: Duration,
+    /// Pause between two horizons of a shard: each costs every replica a checkpoint.
+    pub horizon_pause: Duration,
 }
 
 impl Default for Options {
@@ -36,6 +38,7 @@ impl Default for Options {
             slack_ratio: 4,
             held_bytes_max: 4 << 30,
             check_period: Duration::from_secs(30),
+            horizon_pause: Duration::from_secs(10),
         }
     }
 }
@@ -121,6 +124,7 @@ pub(super) struct Upkeep {
     usage: Arc<Usage>,
     aged: Option<Instant>,
     checked: Option<(Instant, u64)>,
+    let_go: Option<Instant>,
     alarmed: Option<Instant>,
 }
 
@@ -152,6 +156,7 @@ impl Upkeep {
             usage,
             aged: None,
             checked: None,
+            let_go: None,
             alarmed: None,
         }
     }
@@ -169,8 +174,11 @@ impl Upkeep {
         let held = self.held(floor);
         let to = floor.min(held);
         let frees = self.group.newer_segments() > 0 || to.saturating_sub(horizon) > HORIZON_ENTRIES;
-        if to > horizon && frees {
+        let pause = self.options.horizon_pause;
+        let rested = self.let_go.is_none_or(|at| at.elapsed() >= pause);
+        if to > horizon && frees && rested {
             due.entry.horizon = to;
+            self.let_go = Some(Instant::now());
         }
         due.entry.check = self.check_is_due(applied);
         let budget = MOVED_BYTES_A_LOOK.saturating_sub(*moved_bytes);

@@ -2,10 +2,16 @@
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, IoSlice};
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
+/// More in one call are refused by the system.
+const SLICES_MAX: usize = 1024;
 
 /// Held for as long as nobody else may open the directory; released when dropped.
 pub type DirLock = Box<dyn fmt::Debug + Send + Sync>;
@@ -34,8 +40,21 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
     /// Writes all of `bytes`, growing the file where needed. Durable only after `sync`.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
+    /// Like [`DiskFile::write_at`], of slices that follow each other. They are left in any state.
+    fn write_slices_at(&self, slices: &mut [IoSlice<'_>], offset: u64) -> io::Result<()> {
+        let bytes: Vec<u8> = slices
+            .iter()
+            .flat_map(|slice| slice.iter().copied())
+            .collect();
+        self.write_at(&bytes, offset)
+    }
     /// Makes contents and size durable. After a failure nothing may be assumed of any write since the last success.
     fn sync(&self) -> io::Result<()>;
+    /// Makes the file this large and sees to it that there is room for all of it, without writing it where that can be
+    /// helped. Later writes there still change what the file system knows of the file.
+    fn reserve(&self, size: u64) -> io::Result<()> {
+        self.preallocate(size)
+    }
     /// Writes zeros from the present end up to `size`, so that later writes there allocate nothing.
     fn preallocate(&self, size: u64) -> io::Result<()> {
         let zeros = vec![0; 1 << 20];
@@ -135,7 +154,31 @@ impl DiskFile for File {
         self.write_all_at(bytes, offset)
     }
 
+    fn write_slices_at(&self, mut slices: &mut [IoSlice<'_>], mut offset: u64) -> io::Result<()> {
+        // Nothing at all would look like a file that takes nothing more.
+        IoSlice::advance_slices(&mut slices, 0);
+        while !slices.is_empty() {
+            let some = slices.len().min(SLICES_MAX);
+            let written = match rustix::io::pwritev(self, &slices[..some], offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => written,
+                Err(Errno::INTR) => continue,
+                Err(err) => return Err(err.into()),
+            };
+            offset += written as u64;
+            IoSlice::advance_slices(&mut slices, written);
+        }
+        Ok(())
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.sync_data()
+    }
+
+    fn reserve(&self, size: u64) -> io::Result<()> {
+        match rustix::fs::fallocate(self, FallocateFlags::empty(), 0, size) {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => self.preallocate(size),
+            reserved => Ok(reserved?),
+        }
     }
 }

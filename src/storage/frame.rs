@@ -1,7 +1,7 @@
 //! How a record lies in a segment: 56 bytes of header, then the payload. Numbers are little-endian.
 //!
 //! ```text
-//!  0 payload length u32 | 4 CRC32C of everything else u32
+//!  0 payload length u32 | 4 CRC32C u32: of the payload, then of the rest of the header
 //!  8 format version u8  | 9 kind u8 | 10 tag u8 | 11 zero | 12 group u32
 //! 16 incarnation u64    | 24 synced u64
 //! 32 index u64          | 40 term u64 | 48 node u64
@@ -10,15 +10,17 @@
 //! The *incarnation* is drawn anew for each use of a file, so what an earlier use left behind never passes. *Synced*
 //! is how far this segment was known to be durable when the frame was written: an unreadable frame before that point
 //! was once acknowledged, one behind it may simply not have reached the disk. It never falls from one frame to the next:
-//! see [`Order`]. Length, checksum, version and
-//! incarnation keep their places in every future version.
+//! see [`Order`]. Length, checksum, version and incarnation keep their places in every future version.
+//!
+//! The checksum begins with the payload, so that whoever hands an entry in can sum it while the disk syncs, and only the
+//! header is left to the thread that writes.
 
 use crc32c::{crc32c, crc32c_append};
 
 use crate::storage::LogId;
 
 /// What this build writes, and all it reads: no release wrote older ones.
-pub(super) const VERSION: u8 = 2;
+pub(super) const VERSION: u8 = 3;
 pub(super) const HEADER: usize = 56;
 pub(super) const PAYLOAD_MAX: usize = 1 << 30;
 
@@ -118,6 +120,12 @@ impl Frame<'_> {
 
     /// Appends the frame to `out`. The payload is at most [`PAYLOAD_MAX`].
     pub(super) fn encode(&self, incarnation: u64, synced: u64, out: &mut Vec<u8>) {
+        self.encode_head(sum_of(self.payload), incarnation, synced, out);
+        out.extend_from_slice(self.payload);
+    }
+
+    /// Appends what stands before the payload, whose [`sum_of`] is known.
+    pub(super) fn encode_head(&self, sum: u32, incarnation: u64, synced: u64, out: &mut Vec<u8>) {
         let start = out.len();
         let length =
             u32::try_from(self.payload.len()).expect("payloads are limited when handed in");
@@ -134,8 +142,7 @@ impl Frame<'_> {
         ] {
             out.extend_from_slice(&number.to_le_bytes());
         }
-        out.extend_from_slice(self.payload);
-        let sum = checksum(&out[start..]);
+        let sum = checksum(sum, &out[start..]);
         out[start + 4..start + 8].copy_from_slice(&sum.to_le_bytes());
     }
 }
@@ -171,7 +178,7 @@ pub(super) fn decode(bytes: &[u8], incarnation: u64) -> Result<(Frame<'_>, u64),
         return Err(Bad::Length);
     }
     let whole = bytes.get(..HEADER + length).ok_or(Bad::Short)?;
-    if checksum(whole) != u32_at(head, 4) {
+    if checksum(sum_of(&whole[HEADER..]), head) != u32_at(head, 4) {
         return Err(Bad::Checksum);
     }
     if head[8] != VERSION {
@@ -223,9 +230,14 @@ impl Order {
     }
 }
 
-/// Of a whole frame, leaving out the field it is kept in.
-fn checksum(frame: &[u8]) -> u32 {
-    crc32c_append(crc32c(&frame[..4]), &frame[8..])
+/// The part of the checksum that does not depend on where a frame will stand.
+pub(super) fn sum_of(payload: &[u8]) -> u32 {
+    crc32c(payload)
+}
+
+/// Of a frame with this sum of its payload and this header, leaving out the field it is kept in.
+fn checksum(payload: u32, header: &[u8]) -> u32 {
+    crc32c_append(crc32c_append(payload, &header[..4]), &header[8..HEADER])
 }
 
 /// The caller's slice is long enough.

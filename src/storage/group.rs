@@ -232,7 +232,7 @@ impl State {
 
     /// The entries with these consecutive stamps were written at these places. Those truncated since are left out.
     pub(super) fn place(&mut self, stamp: u64, places: &[(u32, u32)]) {
-        let from = self.recent.partition_point(|recent| recent.stamp < stamp);
+        let from = self.recent_at(stamp);
         let recent = self.recent.iter().skip(from);
         // Both end with the last entry, and what was handed in and not written yet is in both.
         let behind = (self.slots.len() + from).saturating_sub(self.recent.len());
@@ -242,6 +242,17 @@ impl State {
                 break;
             };
             (placed.segment, placed.slot.offset) = (*segment, *offset);
+        }
+    }
+
+    /// Where the first recent entry of this stamp or a later one is.
+    fn recent_at(&self, stamp: u64) -> usize {
+        // Stamps follow each other but for what was truncated: nearly always the place is known without a search.
+        let gap = self.stamp.saturating_sub(stamp);
+        let guess = usize::try_from(gap).map_or(0, |gap| self.recent.len().saturating_sub(gap));
+        match self.recent.get(guess) {
+            Some(recent) if recent.stamp == stamp => guess,
+            _ => self.recent.partition_point(|recent| recent.stamp < stamp),
         }
     }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use crate::storage::frame::PAYLOAD_MAX;
 use crate::storage::group::{Group, invalid};
 use crate::storage::log::{Condition, Log, Shared};
-use crate::storage::writer::What;
+use crate::storage::writer::{Summed, What};
 use crate::storage::{Done, Entry, LogId, locked};
 
 /// One Raft group's part of the log. Clones are the same. Calls of one group take effect in the order in which
@@ -29,10 +29,11 @@ impl GroupLog {
     /// Fails when they would overwrite entries or leave a hole (`InvalidInput`), and when the log has failed or is
     /// closed; then nothing was added, and `done` gets the same error.
     pub fn append(&self, entries: Vec<Entry>, done: Done) -> io::Result<()> {
+        let summed = Summed::new(entries);
         self.shared().submit(&self.group, Some(done), |state| {
-            check_sizes(&entries)?;
-            let stamp = state.append(&entries)?;
-            Ok(Some(What::Entries(stamp, entries)))
+            check_sizes(&summed.entries)?;
+            let stamp = state.append(&summed.entries)?;
+            Ok(Some(What::Entries(stamp, summed)))
         })
     }
 
@@ -134,10 +135,11 @@ impl GroupLog {
     /// Puts entries where others were lost, durably. They can be read when `done` is told so. `InvalidInput`, and
     /// nothing changed, unless each one lies in a hole and has the id that is known for it; then `done` gets that.
     pub fn repair(&self, entries: Vec<Entry>, done: Done) {
+        let summed = Summed::new(entries);
         let repaired = self.shared().submit(&self.group, Some(done), |state| {
-            check_sizes(&entries)?;
-            state.check_repair(&entries)?;
-            Ok(Some(What::Repair(entries)))
+            check_sizes(&summed.entries)?;
+            state.check_repair(&summed.entries)?;
+            Ok(Some(What::Repair(summed)))
         });
         // The callback was told.
         drop(repaired);

@@ -125,14 +125,14 @@ impl Writer {
         })?;
         let mut bytes = Vec::with_capacity(frame::HEADER);
         seal.encode(self.active.incarnation, self.synced(), &mut bytes);
-        self.buffer.extend_from_slice(&bytes);
+        self.buffer.put_bytes(&bytes);
         Ok(bytes)
     }
 
     /// Puts a frame in the active segment, whether or not it is full.
     fn put_end(&mut self, frame: &Frame<'_>) -> io::Result<()> {
-        let synced = self.synced();
-        frame.encode(self.active.incarnation, synced, &mut self.buffer);
+        let stamp = self.stamp();
+        self.buffer.put(frame, stamp);
         match self.buffer.len() >= PIECE {
             true => self.flush(),
             false => Ok(()),

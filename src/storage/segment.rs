@@ -21,7 +21,7 @@ use crate::storage::track::Track;
 
 pub(super) const MAGIC: &[u8; 8] = b"FIRTHLOG";
 /// What this build writes, and all it reads: no release wrote older ones.
-pub(super) const VERSION: u32 = 2;
+pub(super) const VERSION: u32 = 3;
 pub(super) const HEADER: usize = 64;
 const SUFFIX: &str = ".log";
 

@@ -33,8 +33,17 @@ pub(super) struct Spare {
 
 type Pool = Arc<Mutex<Vec<Spare>>>;
 
+/// What a spare is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Need {
+    /// Small writes, each of them synced: what was written before costs one flush of the device instead of two.
+    Appends,
+    /// Much at a time: writing everything twice would take half of the disk.
+    Bulk,
+}
+
 enum Ask {
-    Prepare,
+    Prepare(Need),
     Recycle(Arc<Segment>),
 }
 
@@ -78,7 +87,7 @@ impl Spares {
         }
         if new {
             keeper
-                .prepare()
+                .prepare(Need::Appends)
                 .map_err(Error::io("preallocate a segment in", dir))?;
         }
         let (asks_tx, asks_rx) = mpsc::channel();
@@ -95,9 +104,9 @@ impl Spares {
     }
 
     /// Has a spare made ready unless there is one.
-    pub(super) fn prepare(&self) {
+    pub(super) fn prepare(&self, need: Need) {
         // The thread ends early only by a panic; then files are made when they are needed.
-        let _ = self.asks_tx.send(Ask::Prepare);
+        let _ = self.asks_tx.send(Ask::Prepare(need));
     }
 
     /// Takes back a segment of which nothing lives, and nothing is found by readers who start from now on.
@@ -121,7 +130,7 @@ impl Keeper {
     fn run(mut self, asks: &Receiver<Ask>) {
         while let Ok(ask) = asks.recv() {
             let done = match ask {
-                Ask::Prepare => self.prepare(),
+                Ask::Prepare(need) => self.prepare(need),
                 Ask::Recycle(segment) => self.recycle(&segment),
             };
             if let Err(error) = done {
@@ -130,13 +139,17 @@ impl Keeper {
         }
     }
 
-    fn prepare(&mut self) -> io::Result<()> {
+    fn prepare(&mut self, need: Need) -> io::Result<()> {
         if !locked(&self.pool).is_empty() {
             return Ok(());
         }
         let name = self.new_name();
         let file = self.disk.create(&name)?;
-        let filled = file.preallocate(self.size).and_then(|()| file.sync());
+        let sized = match need {
+            Need::Appends => file.preallocate(self.size),
+            Need::Bulk => file.reserve(self.size),
+        };
+        let filled = sized.and_then(|()| file.sync());
         if let Err(error) = filled {
             self.disk.remove(&name)?;
             return Err(error);

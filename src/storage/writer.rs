@@ -7,6 +7,7 @@ use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering::Relaxed;
 use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -15,11 +16,15 @@ use crate::storage::frame::{self, Frame, Kind};
 use crate::storage::group::{Group, Placed};
 use crate::storage::index::Slot;
 use crate::storage::log::{Condition, Shared};
+use crate::storage::outgoing::{Outgoing, Stamp};
 use crate::storage::seal::{ALWAYS, PER_ENTRY, PER_STRETCH};
 use crate::storage::segment::{self, Segment};
-use crate::storage::spares::Spares;
+use crate::storage::spares::{Need, Spares};
 use crate::storage::track::{Sheet, Track};
 use crate::storage::{Done, Entry, LogId, Options, locked};
+
+/// A segment of which half was filled sooner is taken for one of a bulk transfer: a node that catches up.
+const BULK: Duration = Duration::from_millis(300);
 
 /// A batch is handed to the file in pieces of about this size.
 pub(super) const PIECE: usize = 1 << 20;
@@ -34,21 +39,41 @@ pub(super) struct Record {
 
 pub(super) enum What {
     /// Entries, and the stamp of the first.
-    Entries(u64, Vec<Entry>),
+    Entries(u64, Summed),
     Vote(Bytes),
     Truncate(Option<LogId>),
     Purge(LogId),
     /// Replacements for entries that were lost.
-    Repair(Vec<Entry>),
+    Repair(Summed),
     /// Nothing of its own: durable when everything before it is.
     Barrier,
+}
+
+/// Entries with [`frame::sum_of`] of each payload: summed by whoever hands them in, while the disk is busy.
+pub(super) struct Summed {
+    pub(super) entries: Vec<Entry>,
+    sums: Vec<u32>,
+}
+
+impl Summed {
+    pub(super) fn new(entries: Vec<Entry>) -> Self {
+        let sums = entries.iter().map(|entry| frame::sum_of(&entry.payload));
+        Self {
+            sums: sums.collect(),
+            entries,
+        }
+    }
+
+    fn iter(&self) -> impl Iterator<Item = (&Entry, u32)> {
+        self.entries.iter().zip(self.sums.iter().copied())
+    }
 }
 
 impl Record {
     /// Bytes it will take in a segment.
     pub(super) fn size(&self) -> usize {
         match &self.what {
-            What::Entries(_, entries) | What::Repair(entries) => {
+            What::Entries(_, Summed { entries, .. }) | What::Repair(Summed { entries, .. }) => {
                 let payloads: usize = entries.iter().map(|entry| entry.payload.len()).sum();
                 payloads + entries.len() * frame::HEADER
             }
@@ -82,10 +107,12 @@ pub(super) struct Writer {
     head_end: u64,
     /// About what sealing the active segment will add to it.
     ending: u64,
-    pub(super) buffer: Vec<u8>,
+    pub(super) buffer: Outgoing,
     /// Repaired entries that are not durable yet.
     repaired: Vec<(Arc<Group>, LogId, Placed)>,
     asked_for_spare: bool,
+    /// When the active segment became that.
+    began: Instant,
     /// Something happened since the last sync that may have freed a segment.
     may_free: bool,
     /// Payloads in memory that the disk has too, oldest first.
@@ -130,9 +157,10 @@ impl Writer {
             synced: end,
             head_end: 0,
             ending,
-            buffer: Vec::new(),
+            buffer: Outgoing::default(),
             repaired: Vec::new(),
             asked_for_spare: false,
+            began: Instant::now(),
             may_free: true,
             tail: VecDeque::new(),
             tail_bytes: 0,
@@ -233,7 +261,7 @@ impl Writer {
     fn put_record(&mut self, record: &Record) -> io::Result<()> {
         let group = record.group.number;
         match &record.what {
-            What::Entries(stamp, entries) => self.put_entries(&record.group, *stamp, entries)?,
+            What::Entries(stamp, summed) => self.put_entries(&record.group, *stamp, summed)?,
             What::Vote(vote) => {
                 self.put(&Frame {
                     group,
@@ -252,16 +280,16 @@ impl Writer {
                 self.track(group).purge(*upto);
                 self.may_free = true;
             }
-            What::Repair(entries) => self.put_repaired(&record.group, entries)?,
+            What::Repair(summed) => self.put_repaired(&record.group, summed)?,
             What::Barrier => {}
         }
         Ok(())
     }
 
-    fn put_entries(&mut self, group: &Arc<Group>, stamp: u64, entries: &[Entry]) -> io::Result<()> {
-        let mut places = Vec::with_capacity(entries.len());
+    fn put_entries(&mut self, group: &Arc<Group>, stamp: u64, summed: &Summed) -> io::Result<()> {
+        let mut places = Vec::with_capacity(summed.entries.len());
         let mut placed = 0;
-        for entry in entries {
+        for (entry, sum) in summed.iter() {
             let frame = entry_frame(Kind::Entry, group.number, entry);
             if self.is_full_for(&frame) {
                 // Sealing must know of all that the segment holds.
@@ -269,18 +297,16 @@ impl Writer {
                 placed += places.len() as u64;
                 places.clear();
             }
-            let place = self.put(&frame)?;
+            let place = self.put_summed(&frame, &entry.payload, sum)?;
             let slot = Slot::of(place.1, entry)?;
             let track = self.track(group.number);
             track.append(entry.id, slot);
-            self.ending += PER_ENTRY;
-            if self.track(group.number).sheet.slots.len() == 1 {
-                self.ending += PER_STRETCH;
-            }
+            let begins = track.sheet.slots.len() == 1;
+            self.ending += PER_ENTRY + if begins { PER_STRETCH } else { 0 };
             places.push(place);
         }
         locked(&group.state).place(stamp + placed, &places);
-        for (stamp, entry) in (stamp..).zip(entries) {
+        for (stamp, entry) in (stamp..).zip(&summed.entries) {
             let bytes = entry.payload.len();
             self.tail_bytes += bytes;
             self.tail.push_back(Kept {
@@ -292,9 +318,10 @@ impl Writer {
         Ok(())
     }
 
-    fn put_repaired(&mut self, group: &Arc<Group>, entries: &[Entry]) -> io::Result<()> {
-        for entry in entries {
-            let place = self.put(&entry_frame(Kind::Repaired, group.number, entry))?;
+    fn put_repaired(&mut self, group: &Arc<Group>, summed: &Summed) -> io::Result<()> {
+        for (entry, sum) in summed.iter() {
+            let frame = entry_frame(Kind::Repaired, group.number, entry);
+            let place = self.put_summed(&frame, &entry.payload, sum)?;
             let (segment, slot) = (place.0, Slot::of(place.1, entry)?);
             self.track(group.number).repair(entry.id, slot);
             self.ending += PER_ENTRY + PER_STRETCH;
@@ -310,16 +337,44 @@ impl Writer {
 
     /// Puts a frame at the log's end, in a new segment when it no longer fits, and returns where it will stand.
     fn put(&mut self, frame: &Frame<'_>) -> io::Result<(u32, u32)> {
+        self.put_with(frame, |buffer, stamp| buffer.put(frame, stamp))
+    }
+
+    /// Like [`Writer::put`], of a frame with this payload, whose sum is known.
+    fn put_summed(
+        &mut self,
+        frame: &Frame<'_>,
+        payload: &Bytes,
+        sum: u32,
+    ) -> io::Result<(u32, u32)> {
+        self.put_with(frame, |buffer, stamp| {
+            buffer.put_summed(frame, payload, sum, stamp);
+        })
+    }
+
+    fn put_with(
+        &mut self,
+        frame: &Frame<'_>,
+        put: impl FnOnce(&mut Outgoing, Stamp),
+    ) -> io::Result<(u32, u32)> {
         if self.is_full_for(frame) {
             self.roll()?;
         }
         let offset = u32::try_from(self.at()).map_err(io::Error::other)?;
-        frame.encode(self.active.incarnation, self.synced, &mut self.buffer);
+        let stamp = self.stamp();
+        put(&mut self.buffer, stamp);
         self.shared.counters.frames.fetch_add(1, Relaxed);
         if self.buffer.len() >= PIECE {
             self.flush()?;
         }
         Ok((self.active.number, offset))
+    }
+
+    pub(super) fn stamp(&self) -> Stamp {
+        Stamp {
+            incarnation: self.active.incarnation,
+            synced: self.synced,
+        }
     }
 
     fn is_full_for(&self, frame: &Frame<'_>) -> bool {
@@ -345,18 +400,19 @@ impl Writer {
         if self.buffer.is_empty() {
             return Ok(());
         }
-        self.active.file.write_at(&self.buffer, self.end)?;
-        self.end = self.at();
-        self.active.size.fetch_max(self.end, Relaxed);
-        self.shared
-            .counters
-            .bytes
-            .fetch_add(self.buffer.len() as u64, Relaxed);
-        self.buffer.clear();
+        let (end, length) = (self.at(), self.buffer.len() as u64);
+        self.buffer.write(&*self.active.file, self.end)?;
+        self.end = end;
+        self.active.size.fetch_max(end, Relaxed);
+        self.shared.counters.bytes.fetch_add(length, Relaxed);
         self.buffer.shrink_to(2 * PIECE);
         if !self.asked_for_spare && self.end > self.options.segment_bytes / 2 {
             self.asked_for_spare = true;
-            self.spares.prepare();
+            let need = match self.began.elapsed() < BULK {
+                true => Need::Bulk,
+                false => Need::Appends,
+            };
+            self.spares.prepare(need);
         }
         Ok(())
     }
@@ -379,6 +435,7 @@ impl Writer {
         (self.active, self.end, self.synced, self.head_end) = (active, end, end, end);
         self.ending = ALWAYS;
         self.asked_for_spare = false;
+        self.began = Instant::now();
         self.may_free = true;
         Ok(())
     }

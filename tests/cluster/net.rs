@@ -292,7 +292,11 @@ impl Net {
                 let cut = cuts.contains(&(slot.id.min(other.id), slot.id.max(other.id)));
                 let address = lock(&other.address).filter(|_| !cut);
                 let address = address.map(|address| address.to_string());
+                let reachable = address.is_some();
                 process.transport.set_peer(NodeId(other.id), address);
+                if reachable {
+                    process.transport.connect(NodeId(other.id)).unwrap();
+                }
             }
         }
     }
@@ -342,7 +346,14 @@ impl Net {
     /// # Errors
     /// What keeps it from starting: it is as if it had not been called.
     pub(crate) async fn try_restart(&self, id: u64) -> anyhow::Result<()> {
-        let joining = self.begin_restart(id).await?;
+        let joining = match self.begin_restart(id).await {
+            Ok(joining) => joining,
+            Err(err) => {
+                // Power may be gone: the next try finds what is left.
+                self.kill(id).await;
+                return Err(err);
+            }
+        };
         let mut failure = lock(&self.slot(id).process)
             .as_ref()
             .expect("it was booted")

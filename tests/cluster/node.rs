@@ -32,6 +32,7 @@ const CHECKPOINT_BYTES: u64 = 64 << 10;
 const SLACK_BYTES: u64 = 64 << 10;
 const RECORDS_IN_MEMORY: usize = 100;
 const CHECK_PERIOD: Duration = Duration::from_secs(1);
+const HORIZON_PAUSE: Duration = Duration::from_millis(250);
 const GRACE: Duration = Duration::from_secs(5);
 
 /// Hears what a node applies, and keeps what cannot be right.
@@ -245,6 +246,7 @@ fn options(node: NodeId, nodes: &[u64], clock: Clock) -> cluster::Options {
         upkeep: cluster::UpkeepOptions {
             slack_bytes: SLACK_BYTES,
             check_period: CHECK_PERIOD,
+            horizon_pause: HORIZON_PAUSE,
             ..cluster::UpkeepOptions::default()
         },
         records_in_memory_max: RECORDS_IN_MEMORY,

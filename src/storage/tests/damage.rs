@@ -142,7 +142,7 @@ fn an_older_segment_is_refused_by_version() {
     disk.put_bytes(FIRST, bytes);
     let error = try_open(&disk).unwrap_err();
     assert!(
-        matches!(&error, Error::OlderVersion { found: 1, supported: 2, file } if file.ends_with(FIRST)),
+        matches!(&error, Error::OlderVersion { found: 1, supported: segment::VERSION, file } if file.ends_with(FIRST)),
         "{error}"
     );
 }
@@ -151,30 +151,34 @@ fn an_older_segment_is_refused_by_version() {
 fn newer_segments_and_frames_are_refused_by_version() {
     let (disk, start, end) = two_appends();
     let whole = disk.bytes(FIRST);
-    let sum = |bytes: &[u8], at: usize| {
-        let sum = crc32c::crc32c_append(crc32c::crc32c(&bytes[..at]), &bytes[at + 4..]);
-        sum.to_le_bytes()
-    };
+    let newer = u8::try_from(segment::VERSION + 1).unwrap();
     let mut header = whole.clone();
-    header[8] = 3;
-    let of_header = sum(&header[..segment::HEADER], 12);
-    header[12..16].copy_from_slice(&of_header);
+    header[8] = newer;
+    let of_header =
+        crc32c::crc32c_append(crc32c::crc32c(&header[..12]), &header[16..segment::HEADER]);
+    header[12..16].copy_from_slice(&of_header.to_le_bytes());
     let mut frame = whole;
-    frame[start + 8] = 3;
-    let of_frame = sum(&frame[start..end], 4);
-    frame[start + 4..start + 8].copy_from_slice(&of_frame);
-    for (bytes, version) in [(header, 3), (frame, 3)] {
+    frame[start + 8] = frame::VERSION + 1;
+    let (head, payload) = frame[start..end].split_at(frame::HEADER);
+    let of_frame = [&head[..4], &head[8..]]
+        .into_iter()
+        .fold(crc32c::crc32c(payload), crc32c::crc32c_append);
+    frame[start + 4..start + 8].copy_from_slice(&of_frame.to_le_bytes());
+    for (bytes, version) in [(header, newer), (frame, frame::VERSION + 1)] {
         disk.put_bytes(FIRST, bytes);
         let error = try_open(&disk).unwrap_err();
         let Error::NewerVersion {
             file,
             found,
-            supported: 2,
+            supported: segment::VERSION,
         } = &error
         else {
             panic!("{error}");
         };
-        assert!(file.ends_with(FIRST) && *found == version, "{error}");
+        assert!(
+            file.ends_with(FIRST) && *found == u32::from(version),
+            "{error}"
+        );
     }
 }
 
