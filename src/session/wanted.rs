@@ -86,7 +86,8 @@ pub(super) struct Wanted {
     metadata: bool,
     /// What ATTACHED tells of the parameters, beside modes and occupancy.
     echoed: BTreeMap<&'static str, String>,
-    names_modes: bool,
+    /// Modes that the client named, in its order.
+    named: Vec<(&'static str, u64)>,
 }
 
 impl Wanted {
@@ -105,7 +106,8 @@ impl Wanted {
             let own = frame.params.get(name);
             own.or_else(|| channel.params.get(name)).map(String::as_str)
         };
-        let asked = requested_modes(param("modes"), frame.flags)?;
+        let named = named_modes(param("modes"))?;
+        let asked = requested_modes(&named, frame.flags);
         let rewind = param("rewind")
             .map(|rewind| parse_rewind(rewind, param("rewindLimit")))
             .transpose()?;
@@ -135,7 +137,7 @@ impl Wanted {
             occupancy: param("occupancy").and_then(Occupancy::parse),
             metadata: false,
             echoed,
-            names_modes: param("modes").is_some(),
+            named,
         };
         wanted.grant(capability, &channel.name);
         if wanted.modes == 0 {
@@ -167,13 +169,19 @@ impl Wanted {
         let mut params: BTreeMap<String, String> = echoed
             .map(|(name, value)| ((*name).to_owned(), value.clone()))
             .collect();
-        if self.names_modes {
-            params.insert("modes".to_owned(), mode_names(self.modes));
+        if !self.named.is_empty() {
+            params.insert("modes".to_owned(), self.granted_names());
         }
         if let Some(occupancy) = self.occupancy() {
             params.insert("occupancy".to_owned(), occupancy.text());
         }
         params
+    }
+
+    /// What was named and granted, as the client named it: client libraries compare the text.
+    fn granted_names(&self) -> String {
+        let granted = self.named.iter().filter(|(_, mode)| self.has(*mode));
+        granted.map(|(name, _)| *name).collect::<Vec<_>>().join(",")
     }
 
     pub(super) fn attach(&self, channel: &ChannelName, in_place: bool) -> Effect {
@@ -197,19 +205,28 @@ pub(super) fn denied(channel: &ChannelName) -> ErrorInfo {
     ErrorInfo::new(ErrorCode::CapabilityDenied, text)
 }
 
-fn requested_modes(names: Option<&str>, flags: Option<u64>) -> Result<u64, ErrorInfo> {
-    if let Some(names) = names {
-        return names.split(',').map(str::trim).try_fold(0, |modes, name| {
-            let known = MODE_NAMES
-                .iter()
-                .find(|(known, _)| known.eq_ignore_ascii_case(name));
-            let (_, mode) = known.ok_or_else(|| invalid("params.modes names an unknown mode"))?;
-            Ok(modes | mode)
-        });
+/// The modes of `params.modes`, in their order and each once.
+fn named_modes(names: Option<&str>) -> Result<Vec<(&'static str, u64)>, ErrorInfo> {
+    let mut named = Vec::new();
+    for name in names.into_iter().flat_map(|names| names.split(',')) {
+        let known = MODE_NAMES
+            .iter()
+            .find(|(known, _)| known.eq_ignore_ascii_case(name.trim()));
+        let known = known.ok_or_else(|| invalid("params.modes names an unknown mode"))?;
+        if !named.contains(known) {
+            named.push(*known);
+        }
+    }
+    Ok(named)
+}
+
+fn requested_modes(named: &[(&str, u64)], flags: Option<u64>) -> u64 {
+    if !named.is_empty() {
+        return named.iter().fold(0, |modes, (_, mode)| modes | mode);
     }
     match flags.unwrap_or_default() & flags::MODES {
-        0 => Ok(DEFAULT_MODES),
-        modes => Ok(modes),
+        0 => DEFAULT_MODES,
+        modes => modes,
     }
 }
 
@@ -226,11 +243,6 @@ fn permitted_modes(capability: &Capability, channel: &ChannelName) -> u64 {
         .iter()
         .filter(|(operation, _)| capability.allows(*operation, channel));
     permitted.fold(0, |modes, (_, more)| modes | more)
-}
-
-fn mode_names(modes: u64) -> String {
-    let granted = MODE_NAMES.iter().filter(|(_, mode)| modes & mode != 0);
-    granted.map(|(name, _)| *name).collect::<Vec<_>>().join(",")
 }
 
 /// `N` messages, or those of the last `N` seconds (`Ns`) or minutes (`Nm`).
