@@ -146,7 +146,7 @@ fn a_new_token_is_told_by_connected_and_lasts_its_own_time() {
 #[test]
 fn of_two_tokens_the_newer_counts() {
     let mut session = with_token(EVERYTHING, 60_000);
-    checks(&offer(&mut session, "token-a"), "a");
+    checks(&offer(&mut session, "token-a"), "token-a");
     assert_eq!(offer(&mut session, "token-b"), []);
     assert_eq!(offer(&mut session, "token-c"), []);
     session.handle_authenticated(Err(ErrorCode::InvalidCredentials.into()), NOW);
