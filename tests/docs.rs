@@ -26,7 +26,11 @@ fn errors_page() -> String {
             Retry::Unknown => "yes, with the same id; it may have taken effect",
         };
         let (code, status, text) = (error.code(), error.status(), error.text());
-        writeln!(page, "| {code} | {status} | `{error:?}` | {text} | {again} |").unwrap();
+        writeln!(
+            page,
+            "| {code} | {status} | `{error:?}` | {text} | {again} |"
+        )
+        .unwrap();
     }
     page
 }
