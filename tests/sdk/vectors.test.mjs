@@ -11,9 +11,9 @@ const vectors = JSON.parse(fs.readFileSync(file, 'utf8'));
 const msgpack = Ably.Realtime._MsgPack;
 const toProtocolMessage = Ably.makeProtocolMessageFromDeserialized();
 
-/** A message's or presence event's fields as the SDK writes them, its action by number and its binary data as `format` has it. */
+/** Messages or presence events as the SDK writes them: its `toJSON` takes arguments for JSON, and none for MessagePack. */
 const written = (items, format) =>
-  items?.map((item) => (format === 'json' ? JSON.parse(JSON.stringify(item)) : item.toJSON(true)));
+  items?.map((item) => (format === 'json' ? JSON.parse(JSON.stringify(item)) : item.toJSON()));
 
 /** The fields of a frame as the SDK understood it, without what it adds of its own. */
 function understood(message, format, sent) {
@@ -69,14 +69,13 @@ for (const { name, json, msgpack: hex } of vectors) {
     const value = msgpack.decode(bytes);
     assert.deepEqual(plain(value), plain(binary(JSON.parse(json))), 'both formats say the same');
     // The SDK writes integers in their shortest form and maps in the order of their fields, as the server does.
-    const again = Buffer.from(msgpack.encode(value, true));
-    assert.deepEqual(plain(msgpack.decode(again)), plain(value));
-    if (!holdsNull(value)) assert.equal(again.toString('hex'), hex);
+    const leavesOut = !holdsNull(value);
+    assert.equal(Buffer.from(msgpack.encode(value, leavesOut)).toString('hex'), hex);
     assert.deepEqual(understood(toProtocolMessage(structuredClone(value)), 'msgpack', value), plain(value));
   });
 }
 
-/** The SDK's encoder, told to leave out what is absent, leaves out nulls too. */
+/** The SDK's encoder leaves out nulls too when it is told, as it is for frames, to leave out what is absent. */
 function holdsNull(value) {
   if (value === null) return true;
   return typeof value === 'object' && !ArrayBuffer.isView(value) && Object.values(value).some(holdsNull);
