@@ -168,10 +168,11 @@ struct Model {
 }
 
 impl Model {
-    /// Frames count up from the last one, so that most are new, some repeat and some leave gaps.
+    /// Frames count up from the last one, so that most are new, some repeat and some leave gaps. Number 0 was used before the
+    /// session: it made the members of [`from_before`].
     fn number(&mut self, frame: &mut Frame) {
         let step = frame.msg_serial.unwrap_or_default();
-        let number = self.newest.map_or(step % 3, |newest| {
+        let number = self.newest.map_or(step % 3 + 1, |newest| {
             newest.saturating_add(step).max(1) - u64::from(step > 1)
         });
         frame.msg_serial = Some(number);
