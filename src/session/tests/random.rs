@@ -383,7 +383,8 @@ fn apply(session: &mut Session, model: &mut Model, input: Input, now: &mut u64) 
                     *name == channel(n)
                 }
             });
-            let own = if changed { 0 } else { own };
+            // A session that is over learns of nobody: whoever attended them before lets them go.
+            let own = if changed || model.closed { 0 } else { own };
             if own > 0 && model.found.insert(channel(n)) {
                 let found = CLIENTS[..usize::from(own)]
                     .iter()
