@@ -23,7 +23,7 @@ DENY := $(or $(shell command -v cargo-deny),target/tools/bin/cargo-deny)
 CARGO_FLAGS := --release --locked
 
 # Test files, by the target that runs them; `make sdk SDK_TESTS=failover` runs one.
-SDK_TESTS ?= sdk order bad-input failover restart crash wiped damage disk-full cli presence channels connections tokens rest verdict faults
+SDK_TESTS ?= vectors sdk order bad-input failover restart crash wiped damage disk-full cli presence channels connections tokens rest verdict faults
 KAFKA_TESTS ?= kafka-in kafka-out
 PAGE_TESTS ?= page
 
@@ -34,7 +34,10 @@ soak: MINUTES ?= 60
 SEEDS ?= 100000
 FROM ?= 0
 
-.PHONY: help test setup tools build lint fmt clippy doc deny unit seeds bench sdk faults kafka page soak catchup kafka-jars fix audit clean
+# How long `make fuzz` runs each of what `make unit` runs for a second.
+SECONDS ?= 60
+
+.PHONY: help test setup tools build lint fmt clippy doc deny unit seeds fuzz bench sdk faults kafka page soak catchup kafka-jars fix audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +87,9 @@ unit: build ## Rust's own tests
 
 seeds: ## the log on a faulty disk, SEEDS=100000 times
 	FIRTH_SEEDS=$(SEEDS) FIRTH_SEEDS_FROM=$(FROM) cargo test $(CARGO_FLAGS) --lib storage::tests::seeds -- --nocapture
+
+fuzz: ## decoders and conversations under damaged input, each for SECONDS=60
+	FIRTH_FUZZ_SECONDS=$(SECONDS) cargo test $(CARGO_FLAGS) --test fuzz -- --nocapture
 
 bench: ## the log beside the raw limit of this disk
 	cargo bench --locked --bench log

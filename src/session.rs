@@ -32,7 +32,7 @@ pub use params::ConnectParams;
 pub use qualified::QualifiedName;
 pub use wanted::Occupancy;
 
-use crate::auth::{ClientId, Identity, Secret};
+use crate::auth::{Identity, Secret};
 use crate::session::answers::Answers;
 use crate::session::attachments::Attachments;
 use crate::session::credential::{Credential, Due, succeed};
@@ -659,15 +659,6 @@ impl Session {
             self.send(frame, now_ms);
         }
         self.effects.push_back(Effect::Close { code });
-    }
-}
-
-/// What CONNECTED tells a client about who it is.
-fn told_client_id(client_id: &ClientId) -> Option<&str> {
-    match client_id {
-        ClientId::Any => Some("*"),
-        ClientId::Exactly(id) => Some(id),
-        ClientId::Anonymous => None,
     }
 }
 

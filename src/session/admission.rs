@@ -227,6 +227,8 @@ fn base_id(messages: &[Message]) -> Result<Option<String>, ErrorInfo> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::wire::ably::Data;
 
@@ -352,5 +354,119 @@ mod tests {
             admit(vec![other], &me, 100).unwrap_err().code,
             ErrorCode::InvalidClientId
         );
+    }
+
+    fn with_extras(extras: &[serde_json::Value]) -> Vec<Message> {
+        let message = |extras: &serde_json::Value| Message {
+            extras: extras.as_object().cloned(),
+            ..Message::default()
+        };
+        extras.iter().map(message).collect()
+    }
+
+    #[test]
+    fn extras_hold_what_the_protocol_knows() {
+        let good = [
+            json!({}),
+            json!({"headers": {"h": 1, "deep": {"x": [null]}}, "ref": {"timeserial": "s"}}),
+            json!({"push": {}, "delta": {}, "ephemeral": false, "privileged": "whatever"}),
+        ];
+        for extras in good {
+            let admitted = admit(with_extras(&[extras.clone()]), &ClientId::Any, 1000).unwrap();
+            assert_eq!(admitted.messages[0].extras, extras.as_object().cloned());
+        }
+        let bad = [
+            json!({"other": 1}),
+            json!({"Headers": {}}),
+            json!({"headers": "h"}),
+            json!({"push": []}),
+            json!({"ref": null}),
+            json!({"delta": true}),
+            json!({"ephemeral": "true"}),
+            json!({"ephemeral": 1}),
+        ];
+        for extras in bad {
+            let refused = code(with_extras(&[json!({}), extras.clone()]));
+            assert_eq!(refused, ErrorCode::InvalidExtras, "{extras}");
+            let event = PresenceMessage {
+                action: Some(PresenceAction::Enter),
+                extras: extras.as_object().cloned(),
+                ..PresenceMessage::default()
+            };
+            let me = ClientId::Exactly("me".into());
+            let refused = check_presence(vec![event], &me, 1000).unwrap_err();
+            assert_eq!(refused.code, ErrorCode::InvalidExtras, "{extras}");
+        }
+        // What a client wrote is told back to it only in part.
+        let long = "k".repeat(5000);
+        let refused = admit(with_extras(&[json!({ long: 1 })]), &ClientId::Any, 10_000);
+        assert!(refused.unwrap_err().message.len() < 200);
+    }
+
+    #[test]
+    fn a_publish_is_ephemeral_as_a_whole_or_not() {
+        let (yes, no) = (json!({"ephemeral": true}), json!({"ephemeral": false}));
+        let ephemeral = |extras: &[serde_json::Value]| {
+            admit(with_extras(extras), &ClientId::Any, 1000).map(|a| a.ephemeral)
+        };
+        assert_eq!(ephemeral(&[json!({})]), Ok(false));
+        assert_eq!(ephemeral(&[no.clone(), json!({})]), Ok(false));
+        assert_eq!(ephemeral(&[yes.clone(), yes.clone()]), Ok(true));
+        for mixed in [[yes.clone(), no.clone()], [json!({}), yes]] {
+            let error = ephemeral(&mixed).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidExtras, "{mixed:?}");
+        }
+    }
+
+    #[test]
+    fn privileged_extras_are_noticed_wherever_they_are() {
+        let privileged = |extras: &[serde_json::Value]| {
+            let admitted = admit(with_extras(extras), &ClientId::Any, 1000);
+            admitted.unwrap().privileged
+        };
+        assert!(!privileged(&[
+            json!({}),
+            json!({"headers": {"privileged": 1}})
+        ]));
+        for value in [json!({}), json!(null), json!(false)] {
+            assert!(privileged(&[json!({}), json!({"privileged": value})]));
+        }
+    }
+
+    #[test]
+    fn messages_of_a_publish_are_on_behalf_of_one_connection() {
+        let with_keys = |keys: &[Option<&str>]| -> Vec<Message> {
+            let message = |key: &Option<&str>| Message {
+                connection_key: key.map(str::to_owned),
+                ..Message::default()
+            };
+            keys.iter().map(message).collect()
+        };
+        let table: [(&[Option<&str>], Option<&str>); 4] = [
+            (&[], None),
+            (&[None, None], None),
+            (&[Some("k")], Some("k")),
+            (&[Some("k"), Some("k")], Some("k")),
+        ];
+        for (keys, taken) in table {
+            let mut messages = with_keys(keys);
+            let key = take_connection_key(&mut messages).unwrap();
+            assert_eq!(key.as_deref(), taken, "{keys:?}");
+            assert!(
+                messages
+                    .iter()
+                    .all(|message| message.connection_key.is_none())
+            );
+        }
+        let bad: [&[Option<&str>]; 4] = [
+            &[Some("k"), Some("l")],
+            &[Some("k"), None],
+            &[None, Some("k")],
+            &[Some("k"), Some("k"), None],
+        ];
+        for keys in bad {
+            let error = take_connection_key(&mut with_keys(keys)).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidConnectionKey, "{keys:?}");
+        }
     }
 }

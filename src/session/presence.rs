@@ -212,10 +212,6 @@ impl Presence {
         self.again_at_ms
     }
 
-    pub(super) fn is_empty(&self) -> bool {
-        self.channels.is_empty()
-    }
-
     /// Bytes that own members take.
     pub(super) fn bytes(&self) -> usize {
         self.channels.values().map(OwnMembers::bytes).sum()
