@@ -108,10 +108,20 @@ impl FrameReader {
     }
 }
 
+/// Makes room for a frame of this length. Frames are slices of the buffer, and some are kept for long: a buffer is used to
+/// its end before there is another, for each small frame in a large one of its own would keep all of that.
+fn make_room(buffer: &mut BytesMut, length: usize) {
+    let missing = length.saturating_sub(buffer.len());
+    let room = buffer.capacity() - buffer.len();
+    if room < missing.max(LENGTH) {
+        buffer.reserve(missing.max(READ_BYTES));
+    }
+}
+
 /// Takes a whole frame off the front of `buffer`. The length is checked before room is made for it.
 fn take_frame(buffer: &mut BytesMut, frame_bytes_max: usize) -> Result<Option<Frame>, ReadError> {
     if buffer.len() < LENGTH {
-        buffer.reserve(READ_BYTES);
+        make_room(buffer, LENGTH);
         return Ok(None);
     }
     let length = (&buffer[..LENGTH]).get_u32_le() as usize;
@@ -122,7 +132,7 @@ fn take_frame(buffer: &mut BytesMut, frame_bytes_max: usize) -> Result<Option<Fr
         });
     }
     if buffer.len() < LENGTH + length {
-        buffer.reserve((LENGTH + length - buffer.len()).max(READ_BYTES));
+        make_room(buffer, LENGTH + length);
         return Ok(None);
     }
     buffer.advance(LENGTH);
@@ -359,6 +369,32 @@ mod tests {
             let mut buffer = BytesMut::from(&bytes[..]);
             while let Ok(Some(_)) = take_frame(&mut buffer, 32) {}
         }
+    }
+
+    #[test]
+    fn frames_that_are_kept_lie_side_by_side() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        let frames = vec![(Kind::Data, vec![7; 1000]); 500];
+        let bytes = runtime.block_on(bytes_of(&frames));
+        let (mut buffer, mut kept) = (BytesMut::new(), Vec::new());
+        // Each frame comes alone, and is looked for before it has come.
+        for piece in bytes.chunks(bytes.len() / frames.len()) {
+            buffer.extend_from_slice(piece);
+            while let Some(frame) = take_frame(&mut buffer, 10_000).unwrap() {
+                kept.push(frame.rest);
+            }
+        }
+        assert_eq!(kept.len(), frames.len());
+        let begin = |frame: &Bytes| frame.as_ptr().addr();
+        let apart = |two: &&[Bytes]| begin(&two[1]).wrapping_sub(begin(&two[0])) > 2000;
+        let buffers = 1 + kept.windows(2).filter(apart).count();
+        assert!(
+            buffers <= 1 + 4 * bytes.len() / READ_BYTES,
+            "{buffers} buffers for {} bytes",
+            bytes.len()
+        );
     }
 
     #[test]
