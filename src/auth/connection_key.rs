@@ -2,16 +2,20 @@
 //!
 //! `<connectionId>!<base64url of a MAC>`. The MAC is under a secret of the cluster, over the app and the connection id:
 //! a node that never heard of the connection can tell that this cluster minted the key, without any table.
+//! The key of a connection that is one client and no other has `!<base64url of the client id>` at its end, under the MAC
+//! as well: whoever publishes on behalf of the connection is that client, on any node.
 //! Rejected: random keys, which every node would have to learn before a client can come back to it.
 
 use base64::Engine as _;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use ring::hmac;
 
+use crate::auth::ClientId;
 use crate::types::{AppId, ErrorCode, ErrorInfo};
 
 /// First byte under the MAC: what the rest is. Another form gets another number.
 const VERSION: u8 = 1;
+const VERSION_OF_CLIENT: u8 = 2;
 
 /// Longest connection id in bytes.
 const CONNECTION_ID_BYTES_MAX: usize = 64;
@@ -35,6 +39,14 @@ pub fn is_connection_id(text: &str) -> bool {
     (1..=CONNECTION_ID_BYTES_MAX).contains(&text.len()) && text.bytes().all(legal)
 }
 
+/// Whose key it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Holder {
+    pub connection_id: String,
+    /// The one client that the connection was when the key was minted; `None` when it was none or could be any.
+    pub client_id: Option<String>,
+}
+
 /// Mints and verifies connection keys.
 #[derive(Clone, Debug)]
 pub struct ConnectionKeys(hmac::Key);
@@ -54,27 +66,69 @@ impl ConnectionKeys {
         format!("{connection_id}!{}", URL_SAFE_NO_PAD.encode(tag))
     }
 
+    /// The same, of a connection that is this client.
+    #[must_use]
+    pub fn mint_for(&self, app: &AppId, connection_id: &str, client_id: &ClientId) -> String {
+        let ClientId::Exactly(client_id) = client_id else {
+            return self.mint(app, connection_id);
+        };
+        debug_assert!(is_connection_id(connection_id), "{connection_id}");
+        let signed = signed_for_client(app, connection_id, client_id);
+        let tag = URL_SAFE_NO_PAD.encode(hmac::sign(&self.0, &signed));
+        let client_id = URL_SAFE_NO_PAD.encode(client_id);
+        format!("{connection_id}!{tag}!{client_id}")
+    }
+
     /// The id of the connection that the key resumes. Compares in constant time.
     ///
     /// # Errors
     /// When the key was not minted for this app under this secret.
     pub fn verify(&self, app: &AppId, key: &str) -> Result<String, InvalidConnectionKey> {
-        let (id, tag) = key.split_once('!').ok_or(InvalidConnectionKey)?;
+        Ok(self.holder(app, key)?.connection_id)
+    }
+
+    /// Whose key it is. Compares in constant time.
+    ///
+    /// # Errors
+    /// When the key was not minted for this app under this secret.
+    pub fn holder(&self, app: &AppId, key: &str) -> Result<Holder, InvalidConnectionKey> {
+        let (id, rest) = key.split_once('!').ok_or(InvalidConnectionKey)?;
         if !is_connection_id(id) {
             return Err(InvalidConnectionKey);
         }
-        let tag = URL_SAFE_NO_PAD
-            .decode(tag)
-            .map_err(|_| InvalidConnectionKey)?;
-        hmac::verify(&self.0, &signed_bytes(app, id), &tag).map_err(|_| InvalidConnectionKey)?;
-        Ok(id.to_owned())
+        let (tag, client_id) = match rest.split_once('!') {
+            None => (rest, None),
+            Some((tag, client_id)) => (tag, Some(decode(client_id)?)),
+        };
+        let client_id = client_id.map(String::from_utf8).transpose();
+        let client_id = client_id.map_err(|_| InvalidConnectionKey)?;
+        let signed = match &client_id {
+            None => signed_bytes(app, id),
+            Some(client_id) => signed_for_client(app, id, client_id),
+        };
+        hmac::verify(&self.0, &signed, &decode(tag)?).map_err(|_| InvalidConnectionKey)?;
+        Ok(Holder {
+            connection_id: id.to_owned(),
+            client_id,
+        })
     }
+}
+
+fn decode(text: &str) -> Result<Vec<u8>, InvalidConnectionKey> {
+    (URL_SAFE_NO_PAD.decode(text)).map_err(|_| InvalidConnectionKey)
 }
 
 /// A zero byte, which neither part can hold, keeps the two apart.
 fn signed_bytes(app: &AppId, connection_id: &str) -> Vec<u8> {
     let app = app.as_str().as_bytes();
     [&[VERSION], app, &[0], connection_id.as_bytes()].concat()
+}
+
+/// Zero bytes, which neither an app nor a connection id can hold, keep the three apart.
+fn signed_for_client(app: &AppId, connection_id: &str, client_id: &str) -> Vec<u8> {
+    let (app, id) = (app.as_str().as_bytes(), connection_id.as_bytes());
+    let version = &[VERSION_OF_CLIENT];
+    [version, app, &[0], id, &[0], client_id.as_bytes()].concat()
 }
 
 #[cfg(test)]
@@ -114,6 +168,34 @@ mod tests {
                 Err(InvalidConnectionKey),
                 "{bad}"
             );
+        }
+    }
+
+    #[test]
+    fn a_key_says_which_client_its_connection_is() {
+        let keys = ConnectionKeys::new(&[7; 32]);
+        let exactly = |id: &str| ClientId::Exactly(id.to_owned());
+        let key = keys.mint_for(&app("app"), "conn1", &exactly("grüß!"));
+        let holder = keys.holder(&app("app"), &key).unwrap();
+        assert_eq!(holder.connection_id, "conn1");
+        assert_eq!(holder.client_id.as_deref(), Some("grüß!"));
+        assert_eq!(keys.verify(&app("app"), &key).as_deref(), Ok("conn1"));
+        for nobody in [ClientId::Any, ClientId::Anonymous] {
+            let key = keys.mint_for(&app("app"), "conn1", &nobody);
+            assert_eq!(key, keys.mint(&app("app"), "conn1"));
+            assert_eq!(keys.holder(&app("app"), &key).unwrap().client_id, None);
+        }
+        // Neither another client's name nor none can be put under the same MAC.
+        let (rest, _) = key.rsplit_once('!').unwrap();
+        let other = keys.mint_for(&app("app"), "conn1", &exactly("bob"));
+        let (_, bob) = other.rsplit_once('!').unwrap();
+        for forged in [
+            rest.to_owned(),
+            format!("{rest}!{bob}"),
+            format!("{key}A"),
+            format!("{rest}!"),
+        ] {
+            assert!(keys.holder(&app("app"), &forged).is_err(), "{forged}");
         }
     }
 

@@ -33,7 +33,7 @@ pub(super) fn open(
         }
     };
     Ok(Opening {
-        connection_key: keys.mint(&identity.app, &connection_id),
+        connection_key: keys.mint_for(&identity.app, &connection_id, &identity.client_id),
         resumed: params.resume_key().is_some() && resume_failed.is_none(),
         params,
         identity,
