@@ -127,7 +127,7 @@ fn signed_bytes(app: &AppId, connection_id: &str) -> Vec<u8> {
 /// Zero bytes, which neither an app nor a connection id can hold, keep the three apart.
 fn signed_for_client(app: &AppId, connection_id: &str, client_id: &str) -> Vec<u8> {
     let (app, id) = (app.as_str().as_bytes(), connection_id.as_bytes());
-    let version = &[VERSION_OF_CLIENT];
+    let version = &[VERSION_OF_CLIENT][..];
     [version, app, &[0], id, &[0], client_id.as_bytes()].concat()
 }
 

@@ -40,7 +40,9 @@ impl Broker {
     pub async fn once(&self, once: Once<'_>) -> Result<bool, ErrorInfo> {
         let unnamed = |what: String| ErrorInfo::new(ErrorCode::Internal, what);
         let name = ChannelName::parse(once.kind).map_err(|err| unnamed(err.to_string()))?;
-        let app = APP.parse().map_err(|_| ErrorCode::Internal)?;
+        let app = APP
+            .parse::<AppId>()
+            .map_err(|err| unnamed(err.to_string()))?;
         let key = ChannelKey { app, name };
         let remembered = once.remembered.max(RETENTION_MIN).as_millis();
         let rule = control::Namespace {

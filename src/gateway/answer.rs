@@ -13,14 +13,14 @@ pub(super) fn wanted_format(headers: &HeaderMap, query: Option<&str>) -> Format 
     let accept = headers
         .get(header::ACCEPT)
         .and_then(|value| value.to_str().ok());
-    let ranges = accept.unwrap_or_default().split(',');
+    let mut ranges = accept.unwrap_or_default().split(',');
     let spoken = |range: &str| {
         let media_type = range.split(';').next().unwrap_or_default().trim();
         let formats = [Format::Json, Format::MsgPack];
         let mut formats = formats.into_iter();
         formats.find(|format| format.media_type().eq_ignore_ascii_case(media_type))
     };
-    let accepted = ranges.into_iter().find_map(spoken);
+    let accepted = ranges.find_map(spoken);
     accepted.unwrap_or(match query {
         Some("msgpack") => Format::MsgPack,
         _ => Format::Json,

@@ -164,10 +164,7 @@ impl Ends {
     /// # Errors
     /// `Disconnected` when it is over.
     pub(super) async fn say(&self, action: Action) -> Result<(), ErrorInfo> {
-        let frame = Frame {
-            action,
-            ..Frame::default()
-        };
+        let frame = Frame::new(action);
         self.incoming.send(frame).await.map_err(|_| over())
     }
 

@@ -39,8 +39,7 @@ pub(in crate::gateway) fn find<'a>(pairs: &'a Pairs, names: &[&str]) -> Option<&
     found.map(|(_, value)| value.as_str())
 }
 
-/// A request without its body.
-#[derive(Debug)]
+/// A request without its body. Never shown: its headers and its query hold credentials.
 pub(super) struct Asked {
     /// Of the answer.
     pub(super) format: Format,

@@ -93,8 +93,9 @@ fn uncounted<T: Serialize>(asked: &Asked, good: StatusCode, results: Vec<Outcome
     if results.iter().all(Outcome::is_done) {
         return answer(good, asked.format, &results);
     }
+    let error = ErrorInfo::from(ErrorCode::BatchFailed);
     let failed = PartlyFailed {
-        error: ErrorBody::from(&ErrorCode::BatchFailed.into()),
+        error: ErrorBody::from(&error),
         batch_response: results,
     };
     answer(StatusCode::BAD_REQUEST, asked.format, &failed)
@@ -108,13 +109,13 @@ pub(super) async fn publish(State(door): State<Door>, asked: Asked, body: Body) 
 async fn store(door: &Door, asked: &Asked, body: Body) -> Result<Answer, ErrorInfo> {
     let identity = asked.identity(door)?;
     let sent = Sent::read(&asked.headers, body, BODY_BYTES_MAX).await?;
-    let specs = sent.value::<OneOrMany<Spec>>()?.values;
+    let specs = sent.value::<OneOrMany<Spec>>()?.0;
     if !(1..=SPECS_MAX).contains(&specs.len()) {
         let what = format!("1 to {SPECS_MAX} parts of a batch are possible");
         return Err(ErrorInfo::new(ErrorCode::InvalidPublish, what));
     }
     for spec in &specs {
-        check_channels(&spec.channels.values)?;
+        check_channels(&spec.channels.0)?;
     }
     // One part after another: what is under way at a time is bounded by one part's channels.
     let mut done = Vec::new();
@@ -138,8 +139,8 @@ async fn store(door: &Door, asked: &Asked, body: Body) -> Result<Answer, ErrorIn
 }
 
 async fn store_one(door: &Door, identity: &Identity, spec: Spec) -> Vec<Outcome<Stored>> {
-    let ready = check(door, identity, spec.messages.values);
-    let stored = spec.channels.values.iter().map(|channel| {
+    let ready = check(door, identity, spec.messages.0);
+    let stored = spec.channels.0.iter().map(|channel| {
         let ready = ready.as_ref();
         async move {
             let result = match ready {
@@ -217,11 +218,11 @@ mod tests {
             ),
         ] {
             let spec: OneOrMany<Spec> = decode_value(Format::Json, text.as_bytes()).unwrap();
-            let [spec] = &spec.values[..] else {
+            let [spec] = &spec.0[..] else {
                 panic!("{text}")
             };
             assert_eq!(
-                (spec.channels.values.len(), spec.messages.values.len()),
+                (spec.channels.0.len(), spec.messages.0.len()),
                 (channels, messages)
             );
         }

@@ -6,12 +6,9 @@ use std::marker::PhantomData;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer, StrDeserializer};
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
-/// The values, and whether they came as an array.
+/// The values, one of them when no array came.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub(super) struct OneOrMany<T> {
-    pub(super) values: Vec<T>,
-    pub(super) many: bool,
-}
+pub(super) struct OneOrMany<T>(pub(super) Vec<T>);
 
 impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -19,10 +16,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
 
         impl<T> Either<T> {
             fn one(value: T) -> OneOrMany<T> {
-                OneOrMany {
-                    values: vec![value],
-                    many: false,
-                }
+                OneOrMany(vec![value])
             }
         }
 
@@ -42,8 +36,7 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany<T>, A::Error> {
-                let values = Vec::deserialize(SeqAccessDeserializer::new(seq))?;
-                Ok(OneOrMany { values, many: true })
+                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(OneOrMany)
             }
         }
 
@@ -59,21 +52,21 @@ mod tests {
     #[test]
     fn one_or_many_in_both_formats() {
         let one = serde_json::json!({"data": "x"});
-        for (value, count, many) in [
-            (one.clone(), 1, false),
-            (serde_json::json!([one, one]), 2, true),
-            (serde_json::json!([]), 0, true),
+        for (value, count) in [
+            (one.clone(), 1),
+            (serde_json::json!([one, one]), 2),
+            (serde_json::json!([]), 0),
         ] {
             for format in [Format::Json, Format::MsgPack] {
                 let bytes = encode_value(format, &value);
                 let read: OneOrMany<Message> = decode_value(format, &bytes).unwrap();
-                assert_eq!((read.values.len(), read.many), (count, many));
+                assert_eq!(read.0.len(), count);
                 let text = |it: &Message| it.data == Some(Data::Text("x".into()));
-                assert!(read.values.iter().all(text));
+                assert!(read.0.iter().all(text));
             }
         }
         let names: OneOrMany<String> = decode_value(Format::Json, b"\"a\"").unwrap();
-        assert_eq!((names.values, names.many), (vec!["a".to_owned()], false));
+        assert_eq!(names.0, ["a"]);
         for bad in ["1", "null", "[1]", "{}"] {
             assert!(
                 decode_value::<OneOrMany<String>>(Format::Json, bad.as_bytes()).is_err(),

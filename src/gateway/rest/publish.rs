@@ -138,7 +138,7 @@ async fn store(door: &Door, asked: &Asked, body: Body) -> Result<Answer, ErrorIn
     let sent = Sent::read(&asked.headers, body, door.limits.max_frame_bytes).await?;
     let messages = match asked.param(&["enveloped"]) {
         Some("false") => vec![bare(asked, &sent)?],
-        _ => sent.value::<OneOrMany<Message>>()?.values,
+        _ => sent.value::<OneOrMany<Message>>()?.0,
     };
     let ready = check(door, &identity, messages)?;
     if asked.param(&["_forceNack"]) == Some("true") {

@@ -107,11 +107,11 @@ impl Sent {
             Kind::Encoded(Format::Json) => {
                 // A value and nothing else: not the end of the object around it.
                 ably::decode_value::<IgnoredAny>(Format::Json, &self.bytes)?;
-                let object = [b"{\"data\":", &self.bytes[..], b"}"].concat();
+                let object = [&b"{\"data\":"[..], &self.bytes[..], b"}"].concat();
                 return Ok(ably::decode_value(Format::Json, &object)?);
             }
             Kind::Encoded(Format::MsgPack) => {
-                let object = [b"\x81\xa4data", &self.bytes[..]].concat();
+                let object = [&b"\x81\xa4data"[..], &self.bytes[..]].concat();
                 return Ok(ably::decode_value(Format::MsgPack, &object)?);
             }
             // What command-line tools say when they are told nothing.
