@@ -125,7 +125,8 @@ impl Query {
         read: Read<T>,
     ) -> Result<Page<T>, ErrorInfo> {
         // The cursor's own record may be spent, and one item more tells whether there is a next page.
-        let asked = broker.history(key, &self.range(), kinds, self.limit + 2);
+        let range = self.range();
+        let asked = broker.history(key, &range, kinds, self.limit + 2);
         let (records, cut) = asked.await?;
         if let (Some(until), None) = (self.until, self.cursor)
             && !broker.reaches_back_to(key, until)?
