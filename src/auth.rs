@@ -17,7 +17,7 @@ mod token_request;
 
 pub use capability::{Capability, InvalidCapability, Operation};
 pub use client_id::ClientId;
-pub use connection_key::{ConnectionKeys, InvalidConnectionKey, is_connection_id};
+pub use connection_key::{ConnectionKeys, Holder, InvalidConnectionKey, is_connection_id};
 pub use key::{AppKeys, Credential, Key, KeyName, Keyring, Secret, is_key_id};
 pub use presented::Presented;
 pub use revocation::{Revocation, Revocations, Target, TooManyRevocations};

@@ -2,10 +2,12 @@
 
 mod feed;
 mod follow;
+mod once;
 mod publish;
 
 pub use feed::{Hub, Record};
 pub use follow::{Continuity, Follower, From, Lost, Polled, Start, Started, Waker};
+pub use once::Once;
 pub use publish::{Publish, PublishError, Published};
 
 use std::collections::BTreeMap;
@@ -20,7 +22,9 @@ use crate::cluster::{
     self, BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
 };
 use crate::tasks::{OnError, Tasks};
-use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Kinds, Leadership, NodeId, Range, ShardId};
+use crate::types::{
+    ChannelKey, ErrorCode, ErrorInfo, Kinds, Leadership, NodeId, Range, Serial, ShardId,
+};
 use crate::wire::ably::PresenceMessage;
 use crate::wire::{control, entry};
 
@@ -114,8 +118,13 @@ impl Broker {
     #[must_use = "the outcome says whether it was stored"]
     pub fn publish(&self, publish: Publish) -> Published {
         let rule = self.cluster.registry().borrow().rule(&publish.key);
+        self.publish_by(publish, &rule)
+    }
+
+    /// As [`Self::publish`], by another rule than the registry's.
+    fn publish_by(&self, publish: Publish, rule: &control::Namespace) -> Published {
         let shard = self.cluster.shard_of(&publish.key);
-        let entry = publish.into_entry(&rule, self.cluster.attendant());
+        let entry = publish.into_entry(rule, self.cluster.attendant());
         Published::new(self.cluster.submit(shard, entry))
     }
 
@@ -186,6 +195,21 @@ impl Broker {
         Ok((records, cut))
     }
 
+    /// Whether everything after `serial` is retained, so that what is retained up to it ends there without a gap. As this
+    /// node knows it.
+    ///
+    /// # Errors
+    /// When the channel cannot be read.
+    pub fn reaches_back_to(&self, key: &ChannelKey, serial: Serial) -> Result<bool, ErrorInfo> {
+        let shard = self.cluster.shard_of(key);
+        let found = self.cluster.state(shard).after(key, serial, 1);
+        match found {
+            Ok(_) => Ok(true),
+            Err(channel::ReadError::Behind(_)) => Ok(false),
+            Err(err) => Err(read_error(err.into())),
+        }
+    }
+
     /// Follows a channel. `waker` is woken with `slot` whenever there is something to poll for.
     #[must_use]
     pub fn follow(&self, key: ChannelKey, start: Start, waker: Arc<Waker>, slot: u32) -> Started {
@@ -195,11 +219,18 @@ impl Broker {
     /// Has tokens count no more, on every node as soon as it hears of it.
     ///
     /// # Errors
-    /// When there is no such key, its tokens cannot be revoked, the app has revoked too much, or the control group is not
-    /// reached.
-    pub async fn revoke_tokens(&self, change: control::RevokeTokens) -> Result<(), CommandError> {
+    /// `RateLimited` when the app has revoked as much as it may at a time, or its key is gone meanwhile; `Timeout` when
+    /// the control group is not reached, and it may or may not have been done.
+    pub async fn revoke_tokens(&self, change: control::RevokeTokens) -> Result<(), ErrorInfo> {
         let command = control::entry::Command::RevokeTokens(change);
-        self.cluster.command(command).await
+        let done = self.cluster.command(command).await;
+        done.map_err(|err| {
+            let code = match err {
+                CommandError::Refused(_) => ErrorCode::RateLimited,
+                CommandError::Indeterminate => ErrorCode::Timeout,
+            };
+            ErrorInfo::new(code, err.to_string())
+        })
     }
 }
 

@@ -7,7 +7,9 @@ mod departures;
 mod history;
 mod keys;
 mod live;
+mod members;
 mod open;
+mod page;
 mod rest;
 mod wire;
 mod ws;
@@ -104,7 +106,7 @@ impl Gateway {
         let door = Door {
             keys: Keys::new(&broker, tasks),
             live: Live::default(),
-            comets: Comets::default(),
+            comets: Comets::new(self.options.connections_max),
             departures: Departures::new(broker.clone(), tasks.clone()),
             limits: self.options.limits.clone(),
             members_max: self.options.members_max,

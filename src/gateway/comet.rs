@@ -12,13 +12,13 @@ use axum::body::Body;
 use axum::http::{Response, StatusCode};
 use bytes::{Bytes, BytesMut};
 use futures_util::stream;
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::{Instant, sleep_until, timeout};
 
 use crate::gateway::answer;
 use crate::gateway::wire::{FAREWELL, Gone, Received, WRITE_PATIENCE, Wire};
 use crate::types::{ErrorCode, ErrorInfo};
-use crate::wire::ably::{self, Format, Frame};
+use crate::wire::ably::{self, Action, Format, Frame};
 
 /// A client that neither receives nor comes back to receive for so long is gone.
 const RECEIVE_PATIENCE: Duration = Duration::from_secs(30);
@@ -28,14 +28,20 @@ const WAITING_BYTES_MAX: usize = 256 * 1024;
 const FRAMES_MAX: usize = 1024;
 
 /// The conversations of this node that go over requests, by connection key.
-#[derive(Clone, Debug, Default)]
-pub(crate) struct Comets(Arc<Mutex<HashMap<String, Ends>>>);
+#[derive(Clone, Debug)]
+pub(crate) struct Comets {
+    ends: Arc<Mutex<HashMap<String, Ends>>>,
+    /// They have no socket of their own that would count.
+    places: Arc<Semaphore>,
+}
 
 /// What the handlers of requests hold of a conversation.
 #[derive(Clone, Debug)]
 pub(super) struct Ends {
     mailbox: Arc<Mailbox>,
     incoming: mpsc::Sender<Frame>,
+    /// What waits goes out as it comes, for as long as the request lasts.
+    streams: bool,
 }
 
 /// What waits for the client.
@@ -81,16 +87,34 @@ pub(super) struct CometWire {
     incoming: mpsc::Receiver<Frame>,
     comets: Comets,
     key: String,
+    #[expect(dead_code, reason = "held, never read")]
+    place: OwnedSemaphorePermit,
 }
 
 impl Comets {
+    /// At most `max` of them at a time.
+    pub(super) fn new(max: usize) -> Self {
+        Self {
+            ends: Arc::default(),
+            places: Arc::new(Semaphore::new(max.min(Semaphore::MAX_PERMITS))),
+        }
+    }
+
     /// A new conversation under this connection key; who had the key before is not found any more.
-    pub(super) fn open(&self, key: &str) -> (CometWire, Ends) {
+    ///
+    /// # Errors
+    /// `Busy` when there are as many as there may be.
+    pub(super) fn open(&self, key: &str, streams: bool) -> Result<(CometWire, Ends), ErrorInfo> {
+        let place = self.places.clone().try_acquire_owned().map_err(|_| {
+            let what = "this node has as many connections as it may have";
+            ErrorInfo::new(ErrorCode::Busy, what)
+        })?;
         let mailbox = Arc::<Mailbox>::default();
         let (incoming_tx, incoming) = mpsc::channel(1);
         let ends = Ends {
             mailbox: mailbox.clone(),
             incoming: incoming_tx,
+            streams,
         };
         self.lock().insert(key.to_owned(), ends.clone());
         let wire = CometWire {
@@ -98,8 +122,9 @@ impl Comets {
             incoming,
             comets: self.clone(),
             key: key.to_owned(),
+            place,
         };
-        (wire, ends)
+        Ok((wire, ends))
     }
 
     /// # Errors
@@ -113,7 +138,7 @@ impl Comets {
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Ends>> {
-        self.0.lock().unwrap_or_else(|err| err.into_inner())
+        self.ends.lock().unwrap_or_else(|err| err.into_inner())
     }
 }
 
@@ -134,11 +159,31 @@ impl Ends {
         Ok(())
     }
 
+    /// Has the conversation hear that the client closes or disconnects.
+    ///
+    /// # Errors
+    /// `Disconnected` when it is over.
+    pub(super) async fn say(&self, action: Action) -> Result<(), ErrorInfo> {
+        let frame = Frame::new(action);
+        self.incoming.send(frame).await.map_err(|_| over())
+    }
+
+    /// What waits, the way that the client asked for when it connected.
+    ///
+    /// # Errors
+    /// `Disconnected` when the conversation is over and everything was taken.
+    pub(super) async fn receive(&self) -> Result<Response<Body>, ErrorInfo> {
+        if self.streams {
+            return self.stream();
+        }
+        self.poll().await
+    }
+
     /// One array of what waits, as soon as something does.
     ///
     /// # Errors
     /// `Disconnected` when the conversation is over and everything was taken.
-    pub(super) async fn poll(&self) -> Result<Response<Body>, ErrorInfo> {
+    async fn poll(&self) -> Result<Response<Body>, ErrorInfo> {
         let receiving = self.mailbox.receive();
         match receiving.batch().await {
             Batch::Frames(batch) => Ok(json(Body::from(batch))),
@@ -148,8 +193,12 @@ impl Ends {
     }
 
     /// Arrays of what waits, a line each, until the conversation is over or the client receives elsewhere.
-    pub(super) fn stream(&self) -> Response<Body> {
-        let lines = stream::unfold(self.mailbox.receive(), |receiving| async move {
+    fn stream(&self) -> Result<Response<Body>, ErrorInfo> {
+        let receiving = self.mailbox.receive();
+        if self.mailbox.is_over() {
+            return Err(over());
+        }
+        let lines = stream::unfold(receiving, |receiving| async move {
             let Batch::Frames(batch) = receiving.batch().await else {
                 return None;
             };
@@ -157,7 +206,7 @@ impl Ends {
             line.extend_from_slice(b"\n");
             Some((Ok::<_, std::convert::Infallible>(line.freeze()), receiving))
         });
-        json(Body::from_stream(lines))
+        Ok(json(Body::from_stream(lines)))
     }
 }
 
@@ -189,6 +238,12 @@ struct Receiving {
 impl Mailbox {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.inner.lock().unwrap_or_else(|err| err.into_inner())
+    }
+
+    /// Nothing waits and nothing will.
+    fn is_over(&self) -> bool {
+        let inner = self.lock();
+        inner.closed && inner.frames.is_empty()
     }
 
     /// Ends whoever received before.
@@ -337,3 +392,6 @@ impl Drop for CometWire {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

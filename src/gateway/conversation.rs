@@ -11,6 +11,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Identity;
@@ -93,7 +94,8 @@ impl<W: Wire> Conversation<W> {
     }
 
     async fn converse(&mut self, seat: &Seat, token: &CancellationToken) {
-        let mut draining = false;
+        let mut leaves_at = None;
+        let mut drained = false;
         let mut taken_over = false;
         let mut keys = self.door.keys.changes();
         while self.carry_out().await.is_ok() && !self.session.is_closed() {
@@ -124,8 +126,12 @@ impl<W: Wire> Conversation<W> {
                     self.session.handle_taken_over(steady_ms());
                     Ok(())
                 }
-                () = token.cancelled(), if !draining => {
-                    draining = true;
+                () = token.cancelled(), if leaves_at.is_none() => {
+                    leaves_at = Some(Instant::now() + self.door.live.pause_before_leaving());
+                    Ok(())
+                }
+                () = reached(leaves_at), if !drained => {
+                    drained = true;
                     self.session.handle_drain(steady_ms());
                     Ok(())
                 }
@@ -444,6 +450,13 @@ impl<W: Wire> Conversation<W> {
             .filter(|change| change.connection_id == own && i64::from(change.action) == leave)
             .map(|change| change.client_id.clone())
             .collect()
+    }
+}
+
+async fn reached(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -2,17 +2,22 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use tokio::sync::watch;
 
 use crate::auth::{
-    AppKeys, Capability, ConnectionKeys, Identity, Key, Keyring, Presented, Revocations, Secret,
+    AppKeys, Capability, ConnectionKeys, Identity, Key, Keyring, Nonce, Presented,
+    RevocationRequest, Revocations, Revoked, Secret, TokenDetails, TokenRequest,
 };
-use crate::broker::Broker;
+use crate::broker::{Broker, Once};
 use crate::cluster::Registry;
 use crate::tasks::Tasks;
 use crate::types::{AppId, ErrorCode, ErrorInfo};
 use crate::wire::control;
+
+/// How much longer a nonce is remembered than this node's clock says it must be: other nodes' clocks may be behind.
+const NONCE_MARGIN: Duration = Duration::from_secs(300);
 
 /// The keys of the cluster as it is now. Clones share what was built from the registry.
 #[derive(Clone, Debug)]
@@ -121,6 +126,58 @@ impl Keys {
             .authenticate(presented, wanted, now_ms, &revocations)
     }
 
+    /// The token that answers a request. A signed request is answered once in the whole cluster.
+    ///
+    /// # Errors
+    /// As [`Keyring::request_token`]; `TokenRequestReplayed`; when it cannot be found out whether the request was
+    /// answered before, in which case it may count as that.
+    pub(crate) async fn issue(
+        &self,
+        key_name: &str,
+        request: &TokenRequest,
+        presented: Option<&Presented>,
+    ) -> Result<TokenDetails, ErrorInfo> {
+        let mut random = [0; 16];
+        getrandom::fill(&mut random).expect("the system has randomness once it has booted");
+        let now_ms = crate::gateway::unix_ms();
+        let (built, _) = self.built()?;
+        let issued = (built.ring).request_token(key_name, request, presented, now_ms, random);
+        let (details, nonce) = issued?;
+        if let Some(nonce) = nonce
+            && !self.is_fresh(&nonce, now_ms).await?
+        {
+            return Err(ErrorCode::TokenRequestReplayed.into());
+        }
+        Ok(details)
+    }
+
+    async fn is_fresh(&self, nonce: &Nonce, now_ms: u64) -> Result<bool, ErrorInfo> {
+        let kind = format!("nonces:{}", nonce.key);
+        let valid = Duration::from_millis(nonce.until_ms.saturating_sub(now_ms));
+        let once = Once {
+            kind: &kind,
+            text: &nonce.text,
+            mark: crate::gateway::random_id(),
+            remembered: valid + NONCE_MARGIN,
+        };
+        self.broker.once(once).await
+    }
+
+    /// What is to be revoked; nothing is yet.
+    ///
+    /// # Errors
+    /// As [`Keyring::revoke`].
+    pub(crate) fn revoke(
+        &self,
+        key_name: &str,
+        presented: &Presented,
+        request: &RevocationRequest,
+    ) -> Result<Vec<Revoked>, ErrorInfo> {
+        let now_ms = crate::gateway::unix_ms();
+        let ring = self.built()?.0.ring;
+        ring.revoke(key_name, presented, request, now_ms)
+    }
+
     /// What makes connection keys.
     pub(crate) fn connections(&self) -> Result<Arc<ConnectionKeys>, ErrorInfo> {
         Ok(self.built()?.0.connections)
@@ -148,7 +205,7 @@ impl Keys {
 fn build(from: Arc<Apps>, born: &control::Bootstrap, known: Option<&Built>) -> Built {
     let mut ring = Keyring::default();
     let mut keys = BTreeMap::new();
-    for (id, app) in from.iter() {
+    for (id, app) in from.iter().filter(|(id, _)| !Broker::is_internal(id)) {
         let same = known.filter(|known| {
             let before = known.from.get(id);
             before.is_some_and(|before| Arc::ptr_eq(before, app))

@@ -2,8 +2,14 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
+
+/// How long it takes to send all clients elsewhere, when they are many; the nodes that take them in must bear it.
+const DRAIN_LONGEST: Duration = Duration::from_secs(5);
+/// And how long for each, when they are few.
+const DRAIN_EACH: Duration = Duration::from_millis(2);
 
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Live(Arc<Mutex<Seats>>);
@@ -45,9 +51,24 @@ impl Live {
         }
     }
 
+    /// How long a client may stay when the node is to stop: a random part of the time in which all are sent away, so that
+    /// they come to other nodes one after another.
+    pub(crate) fn pause_before_leaving(&self) -> Duration {
+        let mut random = [0; 4];
+        getrandom::fill(&mut random).expect("the system has randomness once it has booted");
+        pause(self.lock().taken.len(), u32::from_le_bytes(random))
+    }
+
     fn lock(&self) -> MutexGuard<'_, Seats> {
         self.0.lock().unwrap_or_else(|err| err.into_inner())
     }
+}
+
+/// The part of the time for this many clients that `random`, of all numbers it could be, stands for.
+fn pause(clients: usize, random: u32) -> Duration {
+    let clients = u32::try_from(clients).unwrap_or(u32::MAX);
+    let all = DRAIN_EACH.saturating_mul(clients).min(DRAIN_LONGEST);
+    all.mul_f64(f64::from(random) / f64::from(u32::MAX))
 }
 
 impl Seat {
@@ -71,6 +92,19 @@ impl Drop for Seat {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn few_clients_leave_at_once_and_many_spread_out() {
+        assert_eq!(pause(0, u32::MAX), Duration::ZERO);
+        assert!(pause(10, u32::MAX) <= Duration::from_millis(20));
+        assert_eq!(pause(1_000_000, 0), Duration::ZERO);
+        assert_eq!(pause(1_000_000, u32::MAX), DRAIN_LONGEST);
+        let half = pause(usize::MAX, u32::MAX / 2);
+        assert!(
+            half.abs_diff(DRAIN_LONGEST / 2) < Duration::from_millis(1),
+            "{half:?}"
+        );
+    }
 
     #[test]
     fn the_newest_socket_has_the_connection() {

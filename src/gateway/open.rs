@@ -33,7 +33,12 @@ pub(super) fn open(
         }
     };
     Ok(Opening {
-        connection_key: keys.mint(&identity.app, &connection_id, &random_id()),
+        connection_key: keys.mint(
+            &identity.app,
+            &connection_id,
+            &random_id(),
+            &identity.client_id,
+        ),
         resumed: params.resume_key().is_some() && resume_failed.is_none(),
         params,
         identity,

@@ -50,11 +50,17 @@ pub(super) fn accept(door: Door, mut request: Request) -> Response<Body> {
         let what = "not a WebSocket handshake of version 13";
         return answer::failure(Format::Json, &ErrorInfo::new(ErrorCode::BadRequest, what));
     };
-    let query = pairs(request.uri().query());
     let authorization = request.headers().get(header::AUTHORIZATION);
     let authorization = authorization
         .and_then(|value| value.to_str().ok())
         .map(str::to_owned);
+    let version = request.headers().get("x-ably-version");
+    let version = version.and_then(|value| value.to_str().ok());
+    let offer = Offer {
+        query: pairs(request.uri().query()),
+        authorization,
+        version: version.and_then(|version| version.parse().ok()),
+    };
     let upgrade = hyper::upgrade::on(&mut request);
     let permit = request.extensions().get::<Permit>().cloned();
     let tasks = door.tasks.clone();
@@ -63,7 +69,7 @@ pub(super) fn accept(door: Door, mut request: Request) -> Response<Body> {
         let Ok(upgraded) = upgrade.await else {
             return Ok(());
         };
-        Box::pin(converse(door, upgraded, query, authorization, token)).await;
+        Box::pin(converse(door, upgraded, offer, token)).await;
         drop(permit);
         Ok(())
     });
@@ -78,13 +84,15 @@ pub(super) fn accept(door: Door, mut request: Request) -> Response<Body> {
     response
 }
 
-async fn converse(
-    door: Door,
-    upgraded: Upgraded,
+/// What a client says of itself.
+struct Offer {
     query: Pairs,
     authorization: Option<String>,
-    token: CancellationToken,
-) {
+    /// The protocol's version by its header, for clients whose query says none.
+    version: Option<f64>,
+}
+
+async fn converse(door: Door, upgraded: Upgraded, offer: Offer, token: CancellationToken) {
     let config = WebSocketConfig::default()
         .read_buffer_size(READ_BUFFER)
         .write_buffer_size(WRITE_BUFFER)
@@ -93,13 +101,16 @@ async fn converse(
         .max_frame_size(Some(door.limits.max_frame_bytes));
     let io = TokioIo::new(upgraded);
     let socket = WebSocketStream::from_raw_socket(io, Role::Server, Some(config)).await;
-    let borrowed = query
+    let borrowed = (offer.query)
         .iter()
         .map(|(name, value)| (name.as_str(), value.as_str()));
     let params = ConnectParams::from_query(borrowed);
     let format = params.as_ref().map_or(Format::Json, |params| params.format);
     let mut wire = WebSocket { socket, format };
-    let opened = params.and_then(|params| open(&door, params, &query, authorization.as_deref()));
+    let opened = params.and_then(|mut params| {
+        params.version = params.version.or(offer.version);
+        open(&door, params, &offer.query, offer.authorization.as_deref())
+    });
     let opening = match opened {
         Ok(opening) => opening,
         Err(err) => {

@@ -60,6 +60,7 @@ error_codes! {
     InvalidClientId       = 40012, 400, Never,        "invalid client id";
     InvalidMessageData    = 40013, 400, Never,        "invalid message data or encoding";
     UnsupportedVersion    = 40017, 400, Never,        "unsupported protocol version";
+    BatchFailed           = 40020, 400, Never,        "a part of the batch failed; see its results";
     InvalidPublish        = 40030, 400, Never,        "invalid publish request";
     InvalidMessageId      = 40031, 400, Never,        "invalid message id";
     InvalidExtras         = 40032, 400, Never,        "invalid extras of a message";
@@ -94,10 +95,12 @@ error_codes! {
     ConnectionSuperseded  = 80016, 410, Never,        "another transport took this connection over";
     ResumeImpossible      = 80018, 400, Never,        "connection cannot be resumed";
     ContinuityLost        = 90003, 404, Never,        "messages after this serial are no longer retained";
+    AttachPointGone       = 90008, 400, Never,        "history up to the attachment is no longer retained";
     TooManyChannels       = 90010, 400, Never,        "too many channels on one connection";
     PresenceWithoutClientId = 91000, 400, Never,      "presence needs a client id";
     PresenceNotAttached   = 91001, 400, Never,        "presence needs an attachment to the channel";
     TooManyMembers        = 91003, 400, Never,        "too many presence members on the channel";
+    MessagesUnchangeable  = 93002, 400, Never,        "messages of the channel cannot be changed or annotated";
 }
 
 impl fmt::Display for ErrorCode {

@@ -104,7 +104,11 @@ pub fn encode_presence(format: Format, presence: &[PresenceMessage]) -> Bytes {
     encode_value(format, presence)
 }
 
-fn decode_value<T: DeserializeOwned>(format: Format, bytes: &[u8]) -> Result<T, DecodeError> {
+/// Any value that a door takes in the same two formats.
+///
+/// # Errors
+/// When the bytes are not exactly one value of this format with the shape of a `T`.
+pub fn decode_value<T: DeserializeOwned>(format: Format, bytes: &[u8]) -> Result<T, DecodeError> {
     let complain = |what: String| DecodeError(what.chars().take(COMPLAINT_CHARS_MAX).collect());
     match format {
         Format::Json => serde_json::from_slice(bytes).map_err(|e| complain(e.to_string())),
