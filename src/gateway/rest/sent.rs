@@ -246,7 +246,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_body_beyond_the_limit_is_too_large() {
-        let read = Sent::read(&HeaderMap::new(), Body::from(vec![b'x'; 65]), 64);
+        let headers = HeaderMap::new();
+        let read = Sent::read(&headers, Body::from(vec![b'x'; 65]), 64);
         assert_eq!(read.await.unwrap_err().code, ErrorCode::MessageTooLarge);
     }
 }
