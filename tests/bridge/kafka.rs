@@ -75,6 +75,7 @@ impl Kafka {
         kafka
     }
 
+    /// Nothing expires: the tests' records are stamped soon after 1970.
     fn configure(&self) {
         let Self {
             dir,
@@ -92,7 +93,8 @@ impl Kafka {
              default.replication.factor=1\noffsets.topic.replication.factor=1\n\
              offsets.topic.num.partitions=1\ntransaction.state.log.replication.factor=1\n\
              transaction.state.log.min.isr=1\ntransaction.state.log.num.partitions=4\n\
-             auto.create.topics.enable=true\n"
+             auto.create.topics.enable=true\n\
+             log.retention.ms=-1\n"
         );
         std::fs::write(self.dir.join("kafka.properties"), properties).unwrap();
         let format = self.java(&[
