@@ -18,8 +18,10 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::channel;
+pub use crate::cluster::{Registry, Taken};
+
 use crate::cluster::{
-    self, BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
+    self, BridgeState, Cluster, CommandError, Peer, ReadError, ShardPage, StoredRecord,
 };
 use crate::tasks::{OnError, Tasks};
 use crate::types::{
@@ -132,6 +134,27 @@ impl Broker {
     #[must_use]
     pub fn boot(&self) -> u64 {
         self.cluster.boot()
+    }
+
+    /// Tells all other nodes that a client came back here, so that an older socket of its connection ends.
+    pub fn say_taken(&self, connection_id: &str, at_ms: u64, tasks: &Tasks) {
+        let taken = Taken {
+            connection_id: connection_id.to_owned(),
+            at_ms,
+            by: self.node(),
+        };
+        self.cluster.say_taken(&taken, tasks);
+    }
+
+    /// Has every connection that came back to another node told to `listener`. The first one counts.
+    pub fn on_taken(&self, listener: impl Fn(&Taken) + Send + Sync + 'static) {
+        self.cluster.on_taken(listener);
+    }
+
+    /// Milliseconds since 1970, by this node's clock.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        self.cluster.now_ms()
     }
 
     /// An id for leaves that a client did not ask for: begins with no connection's id, so that clients order the leave by

@@ -17,6 +17,7 @@ mod readmit;
 mod registry;
 mod replica;
 mod start;
+mod taken;
 mod upkeep;
 
 pub use apps::AppError;
@@ -28,6 +29,7 @@ pub use readmit::{ReadmitError, Standing};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
 pub use replica::{EventSink, ShardPage, StoredRecord};
 pub use start::Parts;
+pub use taken::Taken;
 pub use upkeep::Options as UpkeepOptions;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -42,6 +44,7 @@ use crate::channel::{RecordRef, Shard};
 use crate::cluster::attendance::Pulses;
 use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
+use crate::cluster::taken::OnTaken;
 use crate::cluster::upkeep::Exported;
 use crate::placement;
 use crate::raft::{self, Group, Host, LogUsage};
@@ -134,6 +137,7 @@ struct Inner {
     /// Drawn at the start: tells this process from every other of the node.
     boot: u64,
     pulses: Pulses,
+    on_taken: OnTaken,
     /// Comparisons of states that agreed, and that did not.
     compared: AtomicU64,
     differed: AtomicU64,

@@ -30,8 +30,8 @@ use crate::broker::Broker;
 use crate::gateway::comet::Comets;
 use crate::gateway::departures::Departures;
 use crate::gateway::keys::Keys;
-use crate::gateway::live::Live;
-use crate::session::Limits;
+use crate::gateway::live::{Live, Seat};
+use crate::session::{Limits, Opening};
 use crate::tasks::{OnError, Tasks};
 
 /// How long a client may leave what it was sent unacknowledged.
@@ -77,6 +77,18 @@ pub(crate) struct Door {
     tasks: Tasks,
 }
 
+impl Door {
+    /// The connection's place, which its older sockets lose wherever they are.
+    fn seat(&self, opening: &Opening) -> Seat {
+        let (id, now_ms) = (&opening.connection_id, self.broker.now_ms());
+        let seat = self.live.take(id, now_ms, self.broker.node());
+        if opening.resumed {
+            self.broker.say_taken(id, now_ms, &self.tasks);
+        }
+        seat
+    }
+}
+
 /// The port, taken but not served yet.
 #[derive(Debug)]
 pub struct Gateway {
@@ -113,6 +125,8 @@ impl Gateway {
             tasks: tasks.clone(),
             broker,
         };
+        let live = door.live.clone();
+        (door.broker).on_taken(move |taken| live.taken_elsewhere(taken));
         let router = rest::router(door);
         let connections = Arc::new(Semaphore::new(self.options.connections_max));
         let acceptor = Acceptor {

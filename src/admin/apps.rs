@@ -32,14 +32,14 @@ const CAPABILITY_DEFAULT: &str = r#"{"*":["*"]}"#;
 /// A description of an app that cannot be used, and where.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{path}: {reason}")]
-pub struct InvalidApp {
+pub(super) struct InvalidApp {
     path: String,
     reason: String,
 }
 
 /// An app as it is shown.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct App {
+pub(super) struct App {
     pub id: String,
     pub keys: Vec<Key>,
     pub namespaces: Vec<Namespace>,
@@ -47,7 +47,7 @@ pub struct App {
 
 /// A key as it is shown.
 #[derive(Clone, Serialize, Deserialize)]
-pub struct Key {
+pub(super) struct Key {
     pub id: String,
     /// `app.key`.
     pub name: String,
@@ -70,7 +70,7 @@ impl std::fmt::Debug for Key {
 
 /// A rule for channels whose name begins with `id:`, as it is shown.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Namespace {
+pub(super) struct Namespace {
     pub id: String,
     pub retention_ms: u64,
     pub retention_bytes: u64,

@@ -145,6 +145,8 @@ pub struct Follower {
     cursor: Serial,
     /// The feed's tail reaches back to the cursor, so far as is known.
     live: bool,
+    /// Of what a rewind shows, up to here, ephemeral messages are no part.
+    rewound_to: Option<Serial>,
 }
 
 impl Follower {
@@ -177,6 +179,7 @@ impl Follower {
             follow,
             cursor,
             live: continuity == Continuity::Fresh { backlog: false },
+            rewound_to: matches!(start.from, From::Rewind { .. }).then_some(as_of),
         };
         if !follower.live {
             follower.follow.wake();
@@ -224,7 +227,13 @@ impl Follower {
             self.cursor = last.at.serial;
         }
         let more = records.len() == limit;
-        Polled { records, more }
+        let mut polled = Polled { records, more };
+        if let Some(end) = self.rewound_to {
+            let is_past = |record: &Record| record.publish.ephemeral && record.at.serial <= end;
+            polled.records.retain(|record| !is_past(record));
+            self.rewound_to = (self.cursor < end).then_some(end);
+        }
+        polled
     }
 
     /// `None` while the state is being rebuilt: every follower is woken when it is there.

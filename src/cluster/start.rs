@@ -16,8 +16,8 @@ use crate::cluster::registry::ControlMachine;
 use crate::cluster::replica::{EventSink, ShardMachine};
 use crate::cluster::upkeep::{Exported, Upkeep, Usage};
 use crate::cluster::{
-    Cluster, Error, Inner, Options, READERS, Registry, Replica, attendance, balance, compare,
-    control, readmit,
+    Cluster, Error, Inner, OnTaken, Options, READERS, Registry, Replica, attendance, balance,
+    compare, control, readmit, taken,
 };
 use crate::raft::Host;
 use crate::stdx::{ByteBudget, stable_hash};
@@ -96,6 +96,7 @@ impl Cluster {
             directory: admission.directory,
             boot: attendance::random(),
             pulses: attendance::Pulses::default(),
+            on_taken: OnTaken::default(),
             compared: AtomicU64::new(0),
             differed: AtomicU64::new(0),
             leaving: std::sync::Mutex::default(),
@@ -119,6 +120,7 @@ impl Cluster {
         cluster.start_shards(&parts, tasks).await?;
         compare::start(&cluster, tasks);
         attendance::start(&cluster, tasks);
+        taken::start(&cluster);
         balance::start(&cluster, tasks);
         parts
             .phase

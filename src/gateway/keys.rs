@@ -10,8 +10,7 @@ use crate::auth::{
     AppKeys, Capability, ConnectionKeys, Identity, Key, Keyring, Nonce, Presented,
     RevocationRequest, Revocations, Revoked, Secret, TokenDetails, TokenRequest,
 };
-use crate::broker::{Broker, Once};
-use crate::cluster::Registry;
+use crate::broker::{Broker, Once, Registry};
 use crate::tasks::Tasks;
 use crate::types::{AppId, ErrorCode, ErrorInfo};
 use crate::wire::control;

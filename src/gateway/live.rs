@@ -6,6 +6,9 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
+use crate::broker::Taken;
+use crate::types::NodeId;
+
 /// How long it takes to send all clients elsewhere, when they are many; the nodes that take them in must bear it.
 const DRAIN_LONGEST: Duration = Duration::from_secs(5);
 /// And how long for each, when they are few.
@@ -16,8 +19,16 @@ pub(crate) struct Live(Arc<Mutex<Seats>>);
 
 #[derive(Debug, Default)]
 struct Seats {
-    taken: HashMap<String, (u64, CancellationToken)>,
+    taken: HashMap<String, Place>,
     next: u64,
+}
+
+#[derive(Debug)]
+struct Place {
+    number: u64,
+    /// When the socket came, and the node it came to: of two sockets the greater one has the connection.
+    since: (u64, NodeId),
+    superseded: CancellationToken,
 }
 
 /// A connection's place among the live ones, for as long as its socket has it.
@@ -30,24 +41,42 @@ pub(crate) struct Seat {
 }
 
 impl Live {
-    /// Takes the connection's place. Who had it before learns that it was superseded.
-    pub(crate) fn take(&self, connection_id: &str) -> Seat {
+    /// Takes the connection's place, for a socket that came to this `node` at `at_ms`. Who had it before learns that it was
+    /// superseded.
+    pub(crate) fn take(&self, connection_id: &str, at_ms: u64, node: NodeId) -> Seat {
         let superseded = CancellationToken::new();
         let (number, former) = {
             let mut seats = self.lock();
             seats.next += 1;
             let number = seats.next;
-            let seat = (number, superseded.clone());
-            (number, seats.taken.insert(connection_id.to_owned(), seat))
+            let place = Place {
+                number,
+                since: (at_ms, node),
+                superseded: superseded.clone(),
+            };
+            (number, seats.taken.insert(connection_id.to_owned(), place))
         };
-        if let Some((_, former)) = former {
-            former.cancel();
+        if let Some(former) = former {
+            former.superseded.cancel();
         }
         Seat {
             live: self.clone(),
             connection_id: connection_id.to_owned(),
             number,
             superseded,
+        }
+    }
+
+    /// The client came back to another node: an older socket here is superseded.
+    pub(crate) fn taken_elsewhere(&self, taken: &Taken) {
+        let superseded = {
+            let seats = self.lock();
+            let place = seats.taken.get(&taken.connection_id);
+            let older = place.filter(|place| place.since < (taken.at_ms, taken.by));
+            older.map(|place| place.superseded.clone())
+        };
+        if let Some(superseded) = superseded {
+            superseded.cancel();
         }
     }
 
@@ -83,7 +112,7 @@ impl Drop for Seat {
         // Whoever superseded this one keeps the place.
         let mut seats = self.live.lock();
         let holder = seats.taken.get(&self.connection_id);
-        if holder.is_some_and(|(number, _)| *number == self.number) {
+        if holder.is_some_and(|place| place.number == self.number) {
             seats.taken.remove(&self.connection_id);
         }
     }
@@ -109,12 +138,34 @@ mod tests {
     #[test]
     fn the_newest_socket_has_the_connection() {
         let live = Live::default();
-        let first = live.take("c");
-        let second = live.take("c");
+        let first = live.take("c", 2, NodeId(1));
+        let second = live.take("c", 1, NodeId(1));
         assert!(first.superseded.is_cancelled());
         drop(first);
         assert_eq!(live.lock().taken.len(), 1);
         drop(second);
         assert!(live.lock().taken.is_empty());
+    }
+
+    #[test]
+    fn of_sockets_on_several_nodes_the_latest_has_the_connection() {
+        let came = |at_ms, node| Taken {
+            connection_id: "c".into(),
+            at_ms,
+            by: NodeId(node),
+        };
+        let live = Live::default();
+        let seat = live.take("c", 5, NodeId(2));
+        for older in [came(4, 3), came(5, 1), came(5, 2)] {
+            live.taken_elsewhere(&older);
+            assert!(!seat.superseded.is_cancelled(), "{older:?}");
+        }
+        live.taken_elsewhere(&Taken {
+            connection_id: "d".into(),
+            ..came(6, 3)
+        });
+        assert!(!seat.superseded.is_cancelled());
+        live.taken_elsewhere(&came(5, 3));
+        assert!(seat.superseded.is_cancelled());
     }
 }

@@ -1,6 +1,6 @@
 //! Who connects, and as which connection.
 
-use crate::auth::Presented;
+use crate::auth::{ClientId, Holder, Presented};
 use crate::gateway::rest::{Pairs, find};
 use crate::gateway::{Door, random_id};
 use crate::session::{ConnectParams, Opening};
@@ -21,16 +21,15 @@ pub(super) fn open(
     let wanted = params.client_id.as_deref();
     let identity = door.keys.authenticate(&presented, wanted)?;
     let keys = door.keys.connections()?;
-    let resumed = params
-        .resume_key()
-        .map(|wanted| keys.verify(&identity.app, wanted));
+    let resumed = params.resume_key().map(|wanted| {
+        let holder = keys.holder(&identity.app, wanted)?;
+        permit(&holder, &identity.client_id)?;
+        Ok(holder.connection_id)
+    });
     let (connection_id, resume_failed) = match resumed {
         None => (random_id(), None),
         Some(Ok(connection_id)) => (connection_id, None),
-        Some(Err(err)) => {
-            let info = ErrorInfo::new(ErrorCode::ResumeImpossible, err.to_string());
-            (random_id(), Some(info))
-        }
+        Some(Err(info)) => (random_id(), Some(info)),
     };
     Ok(Opening {
         connection_key: keys.mint(
@@ -47,4 +46,45 @@ pub(super) fn open(
         resume_failed,
         node: door.broker.node(),
     })
+}
+
+/// Whether a client may go on with the connection. One that was nobody in particular may be somebody by now.
+///
+/// # Errors
+/// When the connection is another client's.
+fn permit(holder: &Holder, client_id: &ClientId) -> Result<(), ErrorInfo> {
+    let same = match (&holder.client_id, client_id) {
+        (None, _) => true,
+        (Some(holder), ClientId::Exactly(client_id)) => holder == client_id,
+        (Some(_), ClientId::Any | ClientId::Anonymous) => false,
+    };
+    match same {
+        true => Ok(()),
+        false => Err(ErrorCode::ResumeForbidden.into()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nobody_goes_on_with_the_connection_of_another() {
+        let of = |client_id: Option<&str>| Holder {
+            connection_id: "c".into(),
+            client_id: client_id.map(str::to_owned),
+        };
+        let ada = ClientId::Exactly("ada".into());
+        for (holder, client_id, may) in [
+            (None, &ada, true),
+            (None, &ClientId::Any, true),
+            (Some("ada"), &ada, true),
+            (Some("bob"), &ada, false),
+            (Some("ada"), &ClientId::Any, false),
+            (Some("ada"), &ClientId::Anonymous, false),
+        ] {
+            let permitted = permit(&of(holder), client_id);
+            assert_eq!(permitted.is_ok(), may, "{holder:?} {client_id:?}");
+        }
+    }
 }

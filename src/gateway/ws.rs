@@ -119,7 +119,7 @@ async fn converse(door: Door, upgraded: Upgraded, offer: Offer, token: Cancellat
             return;
         }
     };
-    let seat = door.live.take(&opening.connection_id);
+    let seat = door.seat(&opening);
     Conversation::new(door, opening, wire)
         .run(seat, token)
         .await;

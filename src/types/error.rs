@@ -92,6 +92,7 @@ error_codes! {
     NoLeader              = 50320, 503, Later,        "no leader for the channel at the moment; nothing was stored";
     Draining              = 50310, 503, Later,        "node is shutting down; connect to another";
     Disconnected          = 80003, 400, Later,        "disconnected";
+    ResumeForbidden       = 80011, 400, Never,        "connection is another client's";
     ConnectionSuperseded  = 80016, 410, Never,        "another transport took this connection over";
     ResumeImpossible      = 80018, 400, Never,        "connection cannot be resumed";
     ContinuityLost        = 90003, 404, Never,        "messages after this serial are no longer retained";

@@ -165,11 +165,13 @@ for (const sdk of Object.keys(SDKS)) {
   });
 }
 
-scenario('a qualified name and the plain one are one channel, attached twice', async ({ clients }) => {
+scenario('one connection attaches a channel under one name, and is told so', async ({ clients }) => {
   const client = await clients.realtime(1);
-  const plain = await attach(client, 'twice');
   const quiet = await attach(client, '[?echo=false]twice');
-  await plain.channel.publish('m', 'mine');
+  const refused = await refusal(client.channels.get('twice').attach());
+  assert.deepEqual([refused.code, /another name, `\[\?echo=false\]twice`/.test(refused.message)], [40000, true]);
+  const plain = await attach(await clients.realtime(3), 'twice');
+  await quiet.channel.publish('m', 'mine');
   await publish(clients, 2, 'twice', ['theirs']);
   await until(() => plain.data.length === 2 && quiet.data.length > 0, { what: 'messages' });
   assert.deepEqual([plain.data, quiet.data], [['mine', 'theirs'], ['theirs']]);

@@ -1,6 +1,7 @@
 // Promise 8: tokens of every kind, what they allow, and their end; nobody gets in who may not.
 
 import assert from 'node:assert/strict';
+import { createHmac } from 'node:crypto';
 
 import { createApp, deleteApp } from './lib/app.mjs';
 import { claims, jwt } from './lib/jwt.mjs';
@@ -35,7 +36,8 @@ for (const sdk of BOTH) {
   scenario(
     `ably-js ${sdk}: a signed request becomes a token on any node, good on every node`,
     async ({ cluster, clients }) => {
-      const capability = { [`signed-${sdk}`]: ['publish', 'subscribe', 'history'] };
+      // As the server orders them.
+      const capability = { [`signed-${sdk}`]: ['history', 'publish', 'subscribe'] };
       const request = await clients
         .rest(1, { sdk })
         .auth.createTokenRequest({ clientId: 'ada', capability: JSON.stringify(capability) });
@@ -104,6 +106,15 @@ scenario('a request is good once, on whichever node it is shown again', async ({
   });
 });
 
+// The SDK refuses to sign what is no JSON.
+function signedByHand(key, capability) {
+  const at = key.indexOf(':');
+  const request = { keyName: key.slice(0, at), capability, timestamp: Date.now(), nonce: crypto.randomUUID() };
+  const text = [request.keyName, '', capability, '', request.timestamp, request.nonce, ''].join('\n');
+  const mac = createHmac('sha256', key.slice(at + 1)).update(text).digest('base64');
+  return { ...request, mac };
+}
+
 scenario('a request is refused for its clock, its signature, its key, its terms', async ({ cluster, clients }) => {
   const { auth } = clients.rest(1);
   const signed = (params) => auth.createTokenRequest(params);
@@ -120,7 +131,7 @@ scenario('a request is refused for its clock, its signature, its key, its terms'
     [await signed({ ttl: 25 * 3_600_000 }), 400, [40003]],
     [await signed({ capability: '{"a":[]}' }), 400, [40000]],
     [await signed({ capability: '{"a":["fly"]}' }), 400, [40000]],
-    [await signed({ capability: 'nonsense' }), 400, [40000]],
+    [signedByHand(cluster.key, 'nonsense'), 400, [40000]],
   ];
   for (const [request, status, codes] of cases) {
     const answer = await exchange(cluster, 2, request);

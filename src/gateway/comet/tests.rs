@@ -1,8 +1,11 @@
 //! The mailbox: what waits, who takes it, and when the client counts as gone.
 
+use std::pin::pin;
+
 use axum::body::to_bytes;
 use futures_util::FutureExt as _;
 use futures_util::StreamExt as _;
+use futures_util::future::join;
 use tokio::time::advance;
 
 use super::*;
@@ -38,22 +41,20 @@ async fn what_waits_is_one_array_in_order_and_taken_once() {
 #[tokio::test]
 async fn a_request_that_waits_is_answered_when_something_comes() {
     let (_comets, mut wire, ends) = opened(false);
-    let waiting = tokio::spawn(async move { polled(&ends).await });
-    tokio::task::yield_now().await;
-    put(&mut wire, "1").await;
-    assert_eq!(waiting.await.unwrap().unwrap(), "[1]");
+    let (answer, ()) = join(polled(&ends), put(&mut wire, "1")).await;
+    assert_eq!(answer.unwrap(), "[1]");
 }
 
 #[tokio::test]
 async fn a_newer_request_takes_the_place_of_an_older_one() {
     let (_comets, mut wire, ends) = opened(false);
-    let older = ends.clone();
-    let older = tokio::spawn(async move { polled(&older).await });
-    tokio::task::yield_now().await;
-    let newer = tokio::spawn(async move { polled(&ends).await });
-    assert_eq!(older.await.unwrap().unwrap(), "[]");
+    let mut older = pin!(polled(&ends));
+    assert!((&mut older).now_or_never().is_none());
+    let mut newer = pin!(polled(&ends));
+    assert!((&mut newer).now_or_never().is_none());
+    assert_eq!(older.await.unwrap(), "[]");
     put(&mut wire, "1").await;
-    assert_eq!(newer.await.unwrap().unwrap(), "[1]");
+    assert_eq!(newer.await.unwrap(), "[1]");
 }
 
 #[tokio::test]
@@ -136,16 +137,16 @@ async fn a_full_mailbox_slows_the_conversation_down() {
 #[tokio::test]
 async fn frames_reach_the_conversation_in_order() {
     let (_comets, mut wire, ends) = opened(false);
-    let sending = ends.clone();
-    let sent =
-        tokio::spawn(async move { sending.send(b"[{\"action\":15},{\"action\":10}]").await });
-    for wanted in [Action::Message, Action::Attach] {
-        match wire.receive().await {
-            Received::Frame(frame) => assert_eq!(frame.action, wanted),
-            other => panic!("{other:?}"),
+    let received = async {
+        for wanted in [Action::Message, Action::Attach] {
+            match wire.receive().await {
+                Received::Frame(frame) => assert_eq!(frame.action, wanted),
+                other => panic!("{other:?}"),
+            }
         }
-    }
-    sent.await.unwrap().unwrap();
+    };
+    let (sent, ()) = join(ends.send(b"[{\"action\":15},{\"action\":10}]"), received).await;
+    sent.unwrap();
     ends.say(Action::Close).await.unwrap();
     assert!(
         matches!(wire.receive().await, Received::Frame(frame) if frame.action == Action::Close)

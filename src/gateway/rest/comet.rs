@@ -31,7 +31,7 @@ fn begin(door: &Door, asked: &Asked) -> Result<Ends, ErrorInfo> {
     let opening = open(door, params, &asked.pairs, asked.header("authorization"))?;
     let streams = asked.param(&["stream"]) != Some("false");
     let (wire, ends) = door.comets.open(&opening.connection_key, streams)?;
-    let seat = door.live.take(&opening.connection_id);
+    let seat = door.seat(&opening);
     let conversation = Conversation::new(door.clone(), opening, wire);
     door.tasks
         .spawn("gateway.comet", OnError::Log, |token| async move {

@@ -377,14 +377,16 @@ fn apply(session: &mut Session, model: &mut Model, input: Input, now: &mut u64) 
                 return;
             }
             model.under_way.remove(&channel(n));
-            model.followed.insert(channel(n));
+            let in_place = !model.followed.insert(channel(n));
             let changed = model.log.iter().any(|step| match step {
                 Step::Publish(_, name, _) | Step::Leave(name, _) | Step::Found(name, _) => {
                     *name == channel(n)
                 }
             });
-            // A session that is over learns of nobody: whoever attended them before lets them go.
-            let own = if changed || model.closed { 0 } else { own };
+            // Members from before are there when the channel is attached first, and a session that is over learns of nobody:
+            // whoever attended them before lets them go.
+            let nobody = changed || in_place || model.closed;
+            let own = if nobody { 0 } else { own };
             if own > 0 && model.found.insert(channel(n)) {
                 let found = CLIENTS[..usize::from(own)]
                     .iter()
