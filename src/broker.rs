@@ -15,17 +15,18 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 
 use crate::channel;
-pub use crate::cluster::{Registry, Taken};
+pub use crate::cluster::{Counts, Metrics, OccupancyChange, Occupying, Registry, Taken};
 
 use crate::cluster::{
     self, BridgeState, Cluster, CommandError, Peer, ReadError, ShardPage, StoredRecord,
 };
 use crate::tasks::{OnError, Tasks};
 use crate::types::{
-    ChannelKey, ErrorCode, ErrorInfo, Kinds, Leadership, NodeId, Range, Serial, ShardId,
+    AppId, ChannelKey, ChannelName, ErrorCode, ErrorInfo, Kinds, Leadership, NodeId, Range, Serial,
+    ShardId,
 };
 use crate::wire::ably::PresenceMessage;
 use crate::wire::{control, entry};
@@ -134,6 +135,48 @@ impl Broker {
     #[must_use]
     pub fn boot(&self) -> u64 {
         self.cluster.boot()
+    }
+
+    /// Counts an attachment to the channel, as nothing yet.
+    #[must_use]
+    pub fn occupy(&self, key: &ChannelKey) -> Occupying {
+        self.cluster.occupy(key)
+    }
+
+    /// The channel's occupancy over all nodes, about each second as it changes; `None` until it is known.
+    #[must_use]
+    pub fn watch_occupancy(&self, key: &ChannelKey) -> watch::Receiver<Option<Metrics>> {
+        self.cluster.watch_occupancy(key)
+    }
+
+    /// The channel's occupancy over all nodes.
+    ///
+    /// # Errors
+    /// `NoLeader` when who leads its shard is not reached in time.
+    pub async fn metrics(&self, key: &ChannelKey) -> Result<Metrics, ErrorInfo> {
+        self.cluster.metrics(key).await.map_err(read_error)
+    }
+
+    /// Channels that open and close, of shards that this node leads. There is one listener; for others there is nothing.
+    #[must_use]
+    pub fn take_occupancy_changes(&self) -> Option<mpsc::Receiver<OccupancyChange>> {
+        self.cluster.take_occupancy_changes()
+    }
+
+    /// Up to `limit` channels of the app that somebody is attached to, in the order of their names: those that begin with
+    /// `prefix` and come after `after`.
+    ///
+    /// # Errors
+    /// `NoLeader` when who leads a shard is not reached in time.
+    pub async fn active_channels(
+        &self,
+        app: &AppId,
+        prefix: &str,
+        after: Option<&ChannelName>,
+        limit: usize,
+    ) -> Result<Vec<(ChannelName, Metrics)>, ErrorInfo> {
+        let channels = self.cluster.active_channels(app, prefix, after, limit);
+        channels.await.map_err(read_error)
     }
 
     /// Tells all other nodes that a client came back here, so that an older socket of its connection ends.

@@ -12,12 +12,14 @@ mod compare;
 mod control;
 mod forward;
 mod lane;
+mod occupancy;
 mod proposer;
 mod readmit;
 mod registry;
 mod replica;
 mod start;
 mod taken;
+mod telling;
 mod upkeep;
 
 pub use apps::AppError;
@@ -25,11 +27,13 @@ pub use attendance::left_id;
 pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
+pub use occupancy::{Change as OccupancyChange, Counts, Metrics};
 pub use readmit::{ReadmitError, Standing};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
 pub use replica::{EventSink, ShardPage, StoredRecord};
 pub use start::Parts;
 pub use taken::Taken;
+pub use telling::Occupying;
 pub use upkeep::Options as UpkeepOptions;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -45,6 +49,7 @@ use crate::cluster::attendance::Pulses;
 use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
 use crate::cluster::taken::OnTaken;
+use crate::cluster::telling::Occupancy;
 use crate::cluster::upkeep::Exported;
 use crate::placement;
 use crate::raft::{self, Group, Host, LogUsage};
@@ -138,6 +143,7 @@ struct Inner {
     boot: u64,
     pulses: Pulses,
     on_taken: OnTaken,
+    occupancy: Occupancy,
     /// Comparisons of states that agreed, and that did not.
     compared: AtomicU64,
     differed: AtomicU64,

@@ -6,8 +6,10 @@ mod conversation;
 mod departures;
 mod history;
 mod keys;
+mod lifecycle;
 mod live;
 mod members;
+mod occupancy;
 mod open;
 mod page;
 mod rest;
@@ -30,6 +32,7 @@ use crate::broker::Broker;
 use crate::gateway::comet::Comets;
 use crate::gateway::departures::Departures;
 use crate::gateway::keys::Keys;
+use crate::gateway::lifecycle::Lifecycle;
 use crate::gateway::live::{Live, Seat};
 use crate::session::{Limits, Opening};
 use crate::tasks::{OnError, Tasks};
@@ -71,6 +74,7 @@ pub(crate) struct Door {
     live: Live,
     comets: Comets,
     departures: Departures,
+    lifecycle: Lifecycle,
     limits: Limits,
     /// Presence members that one channel may have.
     members_max: usize,
@@ -120,6 +124,7 @@ impl Gateway {
             live: Live::default(),
             comets: Comets::new(self.options.connections_max),
             departures: Departures::new(broker.clone(), tasks.clone()),
+            lifecycle: Lifecycle::start(&broker, tasks),
             limits: self.options.limits.clone(),
             members_max: self.options.members_max,
             tasks: tasks.clone(),

@@ -210,9 +210,16 @@ impl Capability {
         Ok((!resources.is_empty()).then(|| Self::of(resources)))
     }
 
-    /// Whether the operation is allowed on this channel.
+    /// Whether the operation is allowed on this channel. Metachannels are only read.
     #[must_use]
     pub fn allows(&self, operation: Operation, channel: &ChannelName) -> bool {
+        if let Some(name) = channel.metachannel() {
+            let is_read = matches!(
+                operation,
+                Operation::Subscribe | Operation::History | Operation::ChannelMetadata
+            );
+            return is_read && self.allows_qualified(operation, "meta", name);
+        }
         self.granting(operation)
             .any(|pattern| pattern.matches(None, channel.as_str()))
     }
@@ -443,6 +450,25 @@ mod tests {
             capability.allows_qualified(Operation::Subscribe, qualifier, name)
         };
         assert!(allows("[meta]*", "meta", "log"));
+        let lifecycle = ChannelName::channel_lifecycle();
+        for (text, subscribe) in [
+            (r#"{"*":["*"]}"#, false),
+            (r#"{"[meta]*":["subscribe"]}"#, true),
+            (r#"{"[meta]channel.lifecycle":["*"]}"#, true),
+            (r#"{"[*]*":["*"]}"#, true),
+        ] {
+            let capability = Capability::parse(text).unwrap();
+            assert_eq!(
+                capability.allows(Operation::Subscribe, &lifecycle),
+                subscribe,
+                "{text}"
+            );
+            assert!(!capability.allows(Operation::Publish, &lifecycle), "{text}");
+            assert!(
+                !capability.allows(Operation::Presence, &lifecycle),
+                "{text}"
+            );
+        }
         assert!(allows("[*]*", "meta", "log"));
         assert!(allows("[meta]log:*", "meta", "log:a"));
         assert!(!allows("[meta]log:*", "meta", "other:a"));

@@ -14,10 +14,11 @@ use crate::cluster::lane::{Lane, Ways};
 use crate::cluster::proposer::Proposer;
 use crate::cluster::registry::ControlMachine;
 use crate::cluster::replica::{EventSink, ShardMachine};
+use crate::cluster::telling::Occupancy;
 use crate::cluster::upkeep::{Exported, Upkeep, Usage};
 use crate::cluster::{
     Cluster, Error, Inner, OnTaken, Options, READERS, Registry, Replica, attendance, balance,
-    compare, control, readmit, taken,
+    compare, control, readmit, taken, telling,
 };
 use crate::raft::Host;
 use crate::stdx::{ByteBudget, stable_hash};
@@ -87,6 +88,7 @@ impl Cluster {
             .start(GroupId::CONTROL, Box::new(machine), tasks)
             .await?;
         let cluster = Self(Arc::new(Inner {
+            occupancy: Occupancy::new(options.shards),
             options,
             transport,
             host: parts.host.clone(),
@@ -121,6 +123,7 @@ impl Cluster {
         compare::start(&cluster, tasks);
         attendance::start(&cluster, tasks);
         taken::start(&cluster);
+        telling::start(&cluster, tasks);
         balance::start(&cluster, tasks);
         parts
             .phase

@@ -10,16 +10,20 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use futures_util::future::{AbortHandle, AbortRegistration, Abortable};
 use futures_util::stream::FuturesUnordered;
+use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Identity;
-use crate::broker::{self, Follower, From, Publish, PublishError, Record, Waker};
+use crate::broker::{
+    self, Follower, From, Metrics, Occupying, Publish, PublishError, Record, Waker,
+};
 use crate::gateway::departures::{Departure, When, changes};
 use crate::gateway::live::Seat;
 use crate::gateway::wire::{Gone, Received, Wire};
-use crate::gateway::{Door, steady_ms};
+use crate::gateway::{Door, occupancy, steady_ms};
 use crate::session::{AttachOutcome, Content, Continuity, Effect, Opening, Session, Start, Ticket};
 use crate::types::{AppId, ChannelKey, ChannelName, ErrorCode, ErrorInfo, Serial};
 use crate::wire::ably::{self, PresenceAction, PresenceMessage};
@@ -35,14 +39,33 @@ struct Attachment {
     follower: Option<Follower>,
     /// What the client was told of the members is as of this: presence records up to it say nothing new.
     members_as_of: Option<Serial>,
+    occupying: Occupying,
+    /// While the client hears of the channel's occupancy.
+    hearing: Option<Hearing>,
 }
+
+/// Ends with this value.
+struct Hearing {
+    number: u64,
+    ends: AbortHandle,
+}
+
+impl Drop for Hearing {
+    fn drop(&mut self) {
+        self.ends.abort();
+    }
+}
+
+type Watched = watch::Receiver<Option<Metrics>>;
 
 /// What came of something that the conversation waited for.
 enum Done {
     /// `None`: presence that changed nothing.
     Published(Ticket, Result<Option<Serial>, ErrorInfo>),
     Members(ChannelName, Result<Vec<PresenceMessage>, ErrorInfo>),
-    Attended,
+    /// The channel's occupancy changed; which hearing wants to know, and where it hears more.
+    Occupied(ChannelName, u64, Metrics, Watched),
+    Nothing,
 }
 
 type Doing = Pin<Box<dyn Future<Output = Done> + Send>>;
@@ -56,6 +79,7 @@ pub(super) struct Conversation<W> {
     attachments: HashMap<ChannelName, Attachment>,
     slots: HashMap<u32, ChannelName>,
     next_slot: u32,
+    hearings: u64,
     /// Bounded by the session's limits on unanswered publishes and on channels.
     doing: FuturesUnordered<Doing>,
     /// Slots of followers that had more than their share, to go on with when everything else had its turn.
@@ -76,6 +100,7 @@ impl<W: Wire> Conversation<W> {
             attachments: HashMap::new(),
             slots: HashMap::new(),
             next_slot: 0,
+            hearings: 0,
             doing: FuturesUnordered::new(),
             unfinished: BTreeSet::new(),
             identity,
@@ -84,7 +109,12 @@ impl<W: Wire> Conversation<W> {
 
     /// Goes on until either side ends it. Whom the client leaves behind on its channels leaves in time.
     pub(super) async fn run(mut self, seat: Seat, token: CancellationToken) {
+        let (app, connection_id) = (self.app.clone(), self.session.connection_id().to_owned());
+        let client_id = self.identity.client_id.as_str().map(str::to_owned);
+        let lifecycle = self.door.lifecycle.clone();
+        lifecycle.connection_opened(&app, &connection_id, client_id.as_deref());
         self.converse(&seat, &token).await;
+        lifecycle.connection_closed(&app, &connection_id, client_id.as_deref());
         let grace = Duration::from_millis(self.session.remain_present_for_ms());
         for (channel, members) in self.session.handle_gone(steady_ms()) {
             let departure = self.departure(channel, members);
@@ -109,10 +139,7 @@ impl<W: Wire> Conversation<W> {
                     let slots = std::mem::take(&mut self.unfinished);
                     self.on_ready(slots).await
                 }
-                Some(done) = self.doing.next(), if !self.doing.is_empty() => {
-                    self.on_done(done);
-                    Ok(())
-                }
+                Some(done) = self.doing.next(), if !self.doing.is_empty() => self.on_done(done).await,
                 () = sleep_until(deadline) => {
                     self.session.handle_tick(steady_ms());
                     Ok(())
@@ -156,7 +183,7 @@ impl<W: Wire> Conversation<W> {
         Ok(())
     }
 
-    fn on_done(&mut self, done: Done) {
+    async fn on_done(&mut self, done: Done) -> Result<(), Gone> {
         match done {
             Done::Published(ticket, outcome) => {
                 self.session.handle_published(ticket, outcome, steady_ms());
@@ -164,8 +191,12 @@ impl<W: Wire> Conversation<W> {
             Done::Members(channel, members) => {
                 self.session.handle_members(&channel, members, steady_ms());
             }
-            Done::Attended => {}
+            Done::Occupied(channel, number, metrics, watched) => {
+                return self.on_occupied(channel, number, &metrics, watched).await;
+            }
+            Done::Nothing => {}
         }
+        Ok(())
     }
 
     /// The registry changed: whether the client may still be here.
@@ -201,6 +232,7 @@ impl<W: Wire> Conversation<W> {
                     let wanted = subscribe || presence_subscribe || members;
                     let outcome = self.attach(&channel, start, wanted, members, in_place);
                     self.session.handle_attached(&channel, outcome, steady_ms());
+                    self.count(&channel);
                 }
                 Effect::Detach { channel } => {
                     if let Some(attachment) = self.attachments.remove(&channel) {
@@ -221,6 +253,10 @@ impl<W: Wire> Conversation<W> {
                         self.identity = identity.clone();
                     }
                     self.session.handle_authenticated(outcome, steady_ms());
+                    let channels: Vec<ChannelName> = self.attachments.keys().cloned().collect();
+                    for channel in channels {
+                        self.count(&channel);
+                    }
                 }
                 Effect::Close { code } => {
                     self.wire.flush().await?;
@@ -298,7 +334,7 @@ impl<W: Wire> Conversation<W> {
             if let Err(err) = attended.outcome().await {
                 tracing::warn!(channel = %key, error = %err, "members of a resumed connection are not attended yet");
             }
-            Done::Attended
+            Done::Nothing
         }));
     }
 
@@ -321,7 +357,11 @@ impl<W: Wire> Conversation<W> {
         if let Some(attachment) = &former {
             self.slots.remove(&attachment.slot);
         }
-        let standing = former.and_then(|attachment| attachment.follower);
+        let key = self.key(channel.clone());
+        let (standing, occupying, hearing) = match former {
+            Some(former) => (former.follower, former.occupying, former.hearing),
+            None => (None, self.door.broker.occupy(&key), None),
+        };
         let from = match (&standing, in_place, start) {
             (Some(follower), true, _) => From::After(follower.cursor()),
             (_, _, Start::Present) => From::Present,
@@ -330,7 +370,6 @@ impl<W: Wire> Conversation<W> {
         };
         let slot = self.next_slot;
         self.next_slot = self.next_slot.wrapping_add(1);
-        let key = self.key(channel.clone());
         let start = broker::Start { from, members };
         let started = (self.door.broker).follow(key, start, self.waker.clone(), slot);
         let at = started.follower.cursor();
@@ -343,6 +382,8 @@ impl<W: Wire> Conversation<W> {
             slot,
             follower: wanted.then_some(started.follower),
             members_as_of: members.then_some(started.as_of),
+            occupying,
+            hearing,
         };
         self.attachments.insert(channel.clone(), attachment);
         self.slots.insert(slot, channel.clone());
@@ -351,6 +392,61 @@ impl<W: Wire> Conversation<W> {
             continuity,
             members: started.members,
         }
+    }
+
+    /// Counts the attachment as what it may do now, and tells the client of the channel's occupancy if it is to hear of it.
+    fn count(&mut self, channel: &ChannelName) {
+        let Some(delivery) = self.session.delivery(channel) else {
+            return;
+        };
+        let (modes, hears) = (delivery.modes, delivery.occupancy.is_some());
+        let key = self.key(channel.clone());
+        let Some(attachment) = self.attachments.get_mut(channel) else {
+            return;
+        };
+        attachment.occupying.set(occupancy::counts(modes));
+        if !hears {
+            attachment.hearing = None;
+        } else if attachment.hearing.is_none() {
+            self.hearings += 1;
+            let watched = self.door.broker.watch_occupancy(&key);
+            let (ends, registration) = AbortHandle::new_pair();
+            attachment.hearing = Some(Hearing {
+                number: self.hearings,
+                ends,
+            });
+            let heard = occupied(channel.clone(), self.hearings, watched, true);
+            self.doing
+                .push(Box::pin(until_aborted(heard, registration)));
+        }
+    }
+
+    async fn on_occupied(
+        &mut self,
+        channel: ChannelName,
+        number: u64,
+        metrics: &Metrics,
+        watched: Watched,
+    ) -> Result<(), Gone> {
+        let attachment = self.attachments.get_mut(&channel);
+        let hearing = attachment.and_then(|attachment| attachment.hearing.as_mut());
+        let Some(hearing) = hearing.filter(|hearing| hearing.number == number) else {
+            return Ok(());
+        };
+        let (ends, registration) = AbortHandle::new_pair();
+        hearing.ends = ends;
+        let told = self.session.delivery(&channel).and_then(|delivery| {
+            let now_ms = self.door.broker.now_ms();
+            let asked = delivery.occupancy?;
+            Some(occupancy::frame(delivery.name, asked, metrics, now_ms))
+        });
+        let next = occupied(channel, number, watched, false);
+        self.doing.push(Box::pin(until_aborted(next, registration)));
+        if let Some(frame) = told {
+            self.wire.send(&frame).await?;
+            self.session.handle_sent(steady_ms());
+        }
+        Ok(())
     }
 
     /// Sends a share of what each woken follower finds; whoever has more goes on when everything else had its turn.
@@ -451,6 +547,32 @@ impl<W: Wire> Conversation<W> {
             .map(|change| change.client_id.clone())
             .collect()
     }
+}
+
+/// The channel's occupancy, as soon as it is known, or when it has changed.
+async fn occupied(channel: ChannelName, number: u64, mut watched: Watched, first: bool) -> Done {
+    let changed = match first {
+        true => Ok(()),
+        false => watched.changed().await,
+    };
+    let known = match changed {
+        Ok(()) => watched
+            .wait_for(Option::is_some)
+            .await
+            .ok()
+            .and_then(|known| *known),
+        Err(_) => None,
+    };
+    match known {
+        Some(metrics) => Done::Occupied(channel, number, metrics, watched),
+        // The node stops.
+        None => Done::Nothing,
+    }
+}
+
+async fn until_aborted(heard: impl Future<Output = Done>, registration: AbortRegistration) -> Done {
+    let heard = Abortable::new(heard, registration).await;
+    heard.unwrap_or(Done::Nothing)
 }
 
 async fn reached(at: Option<Instant>) {

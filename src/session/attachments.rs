@@ -82,6 +82,7 @@ impl Attachments {
             echo: wanted.echo,
             presence: wanted.has(flags::PRESENCE_SUBSCRIBE),
             occupancy: wanted.occupancy(),
+            modes: wanted.modes,
         })
     }
 

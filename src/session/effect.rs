@@ -115,4 +115,6 @@ pub struct Delivery<'a> {
     /// Presence events of others. Its own members' events are always written.
     pub presence: bool,
     pub occupancy: Option<Occupancy>,
+    /// Modes in force: bits of `wire::ably::flags`.
+    pub modes: u64,
 }

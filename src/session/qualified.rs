@@ -21,11 +21,15 @@ impl QualifiedName {
     /// # Errors
     /// `InvalidChannelName` for a name that is not legal or a qualifier that is not understood.
     pub fn parse(text: &str) -> Result<Self, ErrorInfo> {
+        let plain = |name| Self {
+            name,
+            params: BTreeMap::new(),
+        };
+        if let Ok(metachannel) = ChannelName::parse(text) {
+            return Ok(plain(metachannel));
+        }
         let Some(rest) = text.strip_prefix('[') else {
-            return Ok(Self {
-                name: parse_name(text)?,
-                params: BTreeMap::new(),
-            });
+            return parse_name(text).map(plain);
         };
         let Some((qualifier, name)) = rest.split_once(']') else {
             return Err(invalid("channel qualifier has no closing bracket"));
@@ -74,6 +78,7 @@ mod tests {
         let table: &[(&str, &str, &[(&str, &str)])] = &[
             ("c", "c", &[]),
             ("a[b]", "a[b]", &[]),
+            ("[meta]channel.lifecycle", "[meta]channel.lifecycle", &[]),
             ("[?]c", "c", &[]),
             ("[?rewind=1]ns:c/1", "ns:c/1", &[("rewind", "1")]),
             (

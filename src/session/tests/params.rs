@@ -130,6 +130,7 @@ fn a_qualified_name_is_the_channel_with_parameters() {
         echo: false,
         presence: false,
         occupancy: None,
+        modes: flags::SUBSCRIBE,
     };
     assert_eq!(session.delivery(&name("c")), Some(delivery));
     // What ATTACH says beside the name wins.
