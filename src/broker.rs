@@ -18,15 +18,14 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 
 use crate::channel;
-pub use crate::cluster::{Counts, Metrics, OccupancyChange, Occupying, Registry, Taken};
 
 use crate::cluster::{
-    self, BridgeState, Cluster, CommandError, Peer, ReadError, ShardPage, StoredRecord,
+    self, BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
 };
 use crate::tasks::{OnError, Tasks};
 use crate::types::{
-    AppId, ChannelKey, ChannelName, ErrorCode, ErrorInfo, Kinds, Leadership, NodeId, Range, Serial,
-    ShardId,
+    AppId, ChannelKey, ChannelName, Counts, ErrorCode, ErrorInfo, Kinds, Leadership, Metrics,
+    NodeId, OccupancyChange, Range, Serial, ShardId,
 };
 use crate::wire::ably::PresenceMessage;
 use crate::wire::{control, entry};
@@ -39,6 +38,17 @@ const READ_PATIENCE: Duration = Duration::from_secs(5);
 pub struct Broker {
     cluster: Cluster,
     hub: Arc<Hub>,
+}
+
+/// One attachment, for as long as it is counted.
+#[derive(Debug)]
+pub struct Occupying(cluster::Occupying);
+
+impl Occupying {
+    /// What the attachment may do from now on.
+    pub fn set(&mut self, counts: Counts) {
+        self.0.set(counts);
+    }
 }
 
 /// Where a channel lives.
@@ -140,7 +150,7 @@ impl Broker {
     /// Counts an attachment to the channel, as nothing yet.
     #[must_use]
     pub fn occupy(&self, key: &ChannelKey) -> Occupying {
-        self.cluster.occupy(key)
+        Occupying(self.cluster.occupy(key))
     }
 
     /// The channel's occupancy over all nodes, about each second as it changes; `None` until it is known.
@@ -181,7 +191,7 @@ impl Broker {
 
     /// Tells all other nodes that a client came back here, so that an older socket of its connection ends.
     pub fn say_taken(&self, connection_id: &str, at_ms: u64, tasks: &Tasks) {
-        let taken = Taken {
+        let taken = cluster::Taken {
             connection_id: connection_id.to_owned(),
             at_ms,
             by: self.node(),
@@ -190,8 +200,9 @@ impl Broker {
     }
 
     /// Has every connection that came back to another node told to `listener`. The first one counts.
-    pub fn on_taken(&self, listener: impl Fn(&Taken) + Send + Sync + 'static) {
-        self.cluster.on_taken(listener);
+    /// It gets the connection's id, when the client came back in milliseconds since 1970, and to which node.
+    pub fn on_taken(&self, listener: impl Fn(&str, u64, NodeId) + Send + Sync + 'static) {
+        (self.cluster).on_taken(move |taken| listener(&taken.connection_id, taken.at_ms, taken.by));
     }
 
     /// Milliseconds since 1970, by this node's clock.

@@ -27,7 +27,6 @@ pub use attendance::left_id;
 pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
-pub use occupancy::{Change as OccupancyChange, Counts, Metrics};
 pub use readmit::{ReadmitError, Standing};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
 pub use replica::{EventSink, ShardPage, StoredRecord};

@@ -131,7 +131,7 @@ impl Gateway {
             broker,
         };
         let live = door.live.clone();
-        (door.broker).on_taken(move |taken| live.taken_elsewhere(taken));
+        (door.broker).on_taken(move |id, at_ms, by| live.taken_elsewhere(id, at_ms, by));
         let router = rest::router(door);
         let connections = Arc::new(Semaphore::new(self.options.connections_max));
         let acceptor = Acceptor {

@@ -102,10 +102,10 @@ fn rust_tests() -> BTreeSet<String> {
         for line in text.lines().map(str::trim) {
             if line.starts_with("#[test]") || line.starts_with("#[tokio::test") {
                 marked = true;
-            } else if let Some(rest) = line.strip_prefix("fn ").or(line.strip_prefix("async fn ")) {
-                if std::mem::take(&mut marked) {
-                    found.extend(rest.split('(').next().map(str::to_owned));
-                }
+            } else if let Some(rest) = line.strip_prefix("fn ").or(line.strip_prefix("async fn "))
+                && std::mem::take(&mut marked)
+            {
+                found.extend(rest.split('(').next().map(str::to_owned));
             }
         }
     }

@@ -75,9 +75,9 @@ impl Registry {
         let app = app.and_then(|id| self.apps.get(&id));
         let key = app.and_then(|app| app.keys.iter().find(|key| key.id == change.key));
         match key {
-            None => return Err("there is no such key".to_owned()),
+            None => Err("there is no such key".to_owned()),
             Some(key) if !key.revocable_tokens => {
-                return Err("tokens of this key cannot be revoked".to_owned());
+                Err("tokens of this key cannot be revoked".to_owned())
             }
             Some(_) => self.revoke(change),
         }

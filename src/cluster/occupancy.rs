@@ -11,7 +11,9 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::types::{AppId, ChannelKey, ChannelName, Leadership, NodeId};
+use crate::types::{
+    AppId, ChannelKey, ChannelName, Counts, Leadership, Metrics, NodeId, OccupancyChange,
+};
 
 /// A node that was not heard for so long counts for nothing. Longer than a few of its tellings.
 const SILENT_AFTER: Duration = Duration::from_secs(5);
@@ -19,50 +21,6 @@ const SILENT_AFTER: Duration = Duration::from_secs(5);
 const SETTLING: Duration = Duration::from_secs(3);
 /// Channels that one telling may be about.
 pub(super) const TOLD_MAX: usize = 4096;
-
-/// How many attachments of a channel may do what.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    pub connections: u32,
-    pub publishers: u32,
-    pub subscribers: u32,
-    /// Those that may enter members.
-    pub presence_connections: u32,
-    /// Those that hear of members.
-    pub presence_subscribers: u32,
-}
-
-impl Counts {
-    #[must_use]
-    pub fn is_nothing(&self) -> bool {
-        *self == Self::default()
-    }
-
-    fn each(self, other: Self, with: impl Fn(u32, u32) -> u32) -> Self {
-        Self {
-            connections: with(self.connections, other.connections),
-            publishers: with(self.publishers, other.publishers),
-            subscribers: with(self.subscribers, other.subscribers),
-            presence_connections: with(self.presence_connections, other.presence_connections),
-            presence_subscribers: with(self.presence_subscribers, other.presence_subscribers),
-        }
-    }
-
-    fn plus(self, other: Self) -> Self {
-        self.each(other, u32::saturating_add)
-    }
-
-    fn minus(self, other: Self) -> Self {
-        self.each(other, u32::saturating_sub)
-    }
-}
-
-/// A channel's occupancy as of a moment ago.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Metrics {
-    pub counts: Counts,
-    pub presence_members: u32,
-}
 
 /// This node's part in one shard: what its clients do, and which channels somebody here wants to hear of.
 #[derive(Debug, Default)]
@@ -170,15 +128,6 @@ fn parts<T>(all: Vec<T>, part: impl Fn(Vec<T>) -> Telling) -> Vec<Telling> {
     tellings
 }
 
-/// What became of a channel in the eyes of its leader.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// Nobody was attached, and somebody is.
-    Opened(ChannelKey),
-    /// Nobody is attached any more.
-    Closed(ChannelKey),
-}
-
 /// What the leader of a shard has heard, while it leads.
 #[derive(Debug, Default)]
 pub(super) struct Heard {
@@ -202,7 +151,7 @@ impl Heard {
         whole: bool,
         counts: impl IntoIterator<Item = (ChannelKey, Counts)>,
         now: Instant,
-    ) -> Option<Vec<Change>> {
+    ) -> Option<Vec<OccupancyChange>> {
         let mut changes = self.enter(term, now);
         let known = self.nodes.get(&node).is_some_and(|it| it.boot == boot);
         if !known && !whole {
@@ -229,7 +178,7 @@ impl Heard {
     }
 
     /// Nodes that fell silent count for nothing.
-    pub(super) fn expire(&mut self, term: u64, now: Instant) -> Vec<Change> {
+    pub(super) fn expire(&mut self, term: u64, now: Instant) -> Vec<OccupancyChange> {
         let mut changes = self.enter(term, now);
         let silent = |it: &Speaker| now.duration_since(it.last) >= SILENT_AFTER;
         let silent = self.nodes.iter().filter(|(_, it)| silent(it));
@@ -249,7 +198,7 @@ impl Heard {
     }
 
     /// Another term knows nothing yet.
-    fn enter(&mut self, term: u64, now: Instant) -> Vec<Change> {
+    fn enter(&mut self, term: u64, now: Instant) -> Vec<OccupancyChange> {
         if self.term.is_none_or(|(known, _)| known != term) {
             *self = Self {
                 term: Some((term, now)),
@@ -264,7 +213,7 @@ impl Heard {
             .is_some_and(|(_, since)| now.duration_since(since) >= SETTLING)
     }
 
-    fn set(&mut self, key: ChannelKey, node: NodeId, counts: Counts) -> Option<Change> {
+    fn set(&mut self, key: ChannelKey, node: NodeId, counts: Counts) -> Option<OccupancyChange> {
         let nodes = self.channels.entry(key.clone()).or_default();
         let was_open = !nodes.is_empty();
         match counts.is_nothing() {
@@ -276,8 +225,8 @@ impl Heard {
             self.channels.remove(&key);
         }
         match (was_open, is_open) {
-            (false, true) => Some(Change::Opened(key)),
-            (true, false) => Some(Change::Closed(key)),
+            (false, true) => Some(OccupancyChange::Opened(key)),
+            (true, false) => Some(OccupancyChange::Closed(key)),
             _ => None,
         }
     }

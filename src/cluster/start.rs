@@ -104,12 +104,7 @@ impl Cluster {
             leaving: std::sync::Mutex::default(),
             readers: Arc::new(tokio::sync::Semaphore::new(READERS)),
         }));
-        // Who leads nothing calls nobody; it must reach the others all the same when it leaves.
-        for node in cluster.nodes().keys().filter(|n| **n != cluster.node()) {
-            if let Err(err) = cluster.0.transport.connect(*node) {
-                tracing::debug!(%node, %err, "not dialed");
-            }
-        }
+        cluster.dial();
         if begin == Some(Begin::Found) && cluster.is_first() {
             cluster.0.control.initialize(&cluster.voters()).await?;
         }
@@ -129,6 +124,15 @@ impl Cluster {
             .phase
             .send_replace("catching up with the cluster".to_owned());
         Ok(cluster)
+    }
+
+    /// Reaches out to all other nodes: who leads nothing calls nobody, and must be heard all the same when it leaves.
+    fn dial(&self) {
+        for node in self.nodes().keys().filter(|node| **node != self.node()) {
+            if let Err(err) = self.0.transport.connect(*node) {
+                tracing::debug!(%node, %err, "not dialed");
+            }
+        }
     }
 
     async fn start_shards(&self, parts: &Parts, tasks: &Tasks) -> Result<(), Error> {

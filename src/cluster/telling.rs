@@ -10,11 +10,14 @@ use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::cluster::occupancy::{Change, Counts, Heard, Metrics, Own, Telling};
+use crate::cluster::occupancy::{Heard, Own, Telling};
 use crate::cluster::{Cluster, ReadError};
 use crate::tasks::{OnError, Tasks};
 use crate::transport::{Lane, Service};
-use crate::types::{AppId, ChannelKey, ChannelName, GroupId, Leadership, NodeId, ShardId};
+use crate::types::{
+    AppId, ChannelKey, ChannelName, Counts, GroupId, Leadership, Metrics, NodeId, OccupancyChange,
+    ShardId,
+};
 use crate::wire::peer;
 
 const OCCUPYING: Service = Service(26);
@@ -36,9 +39,9 @@ const CHANGES_MAX: usize = 4096;
 #[derive(Debug)]
 pub(super) struct Occupancy {
     shards: Vec<Part>,
-    changes: mpsc::Sender<Change>,
+    changes: mpsc::Sender<OccupancyChange>,
     /// Until somebody takes it.
-    listener: Mutex<Option<mpsc::Receiver<Change>>>,
+    listener: Mutex<Option<mpsc::Receiver<OccupancyChange>>>,
 }
 
 #[derive(Debug, Default)]
@@ -139,7 +142,7 @@ impl Cluster {
 
     /// Channels that open and close, of shards that this node leads. There is one listener; for others there is nothing.
     #[must_use]
-    pub fn take_occupancy_changes(&self) -> Option<mpsc::Receiver<Change>> {
+    pub fn take_occupancy_changes(&self) -> Option<mpsc::Receiver<OccupancyChange>> {
         lock(&self.0.occupancy.listener).take()
     }
 
@@ -388,7 +391,7 @@ impl Cluster {
         counts.into_iter().map(with).collect()
     }
 
-    fn announce(&self, changes: Vec<Change>) {
+    fn announce(&self, changes: Vec<OccupancyChange>) {
         for change in changes {
             // Nobody listens, or cannot keep up: what is told of channels is no promise.
             let _ = self.0.occupancy.changes.try_send(change);

@@ -17,15 +17,13 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::auth::Identity;
-use crate::broker::{
-    self, Follower, From, Metrics, Occupying, Publish, PublishError, Record, Waker,
-};
+use crate::broker::{self, Follower, From, Occupying, Publish, PublishError, Record, Waker};
 use crate::gateway::departures::{Departure, When, changes};
 use crate::gateway::live::Seat;
 use crate::gateway::wire::{Gone, Received, Wire};
 use crate::gateway::{Door, occupancy, steady_ms};
 use crate::session::{AttachOutcome, Content, Continuity, Effect, Opening, Session, Start, Ticket};
-use crate::types::{AppId, ChannelKey, ChannelName, ErrorCode, ErrorInfo, Serial};
+use crate::types::{AppId, ChannelKey, ChannelName, ErrorCode, ErrorInfo, Metrics, Serial};
 use crate::wire::ably::{self, PresenceAction, PresenceMessage};
 use crate::wire::body::{encode_body, encode_presence};
 use crate::wire::entry;

@@ -10,7 +10,7 @@ use crate::auth::{
     AppKeys, Capability, ConnectionKeys, Identity, Key, Keyring, Nonce, Presented,
     RevocationRequest, Revocations, Revoked, Secret, TokenDetails, TokenRequest,
 };
-use crate::broker::{Broker, Once, Registry};
+use crate::broker::{Broker, Once};
 use crate::tasks::Tasks;
 use crate::types::{AppId, ErrorCode, ErrorInfo};
 use crate::wire::control;
@@ -31,15 +31,6 @@ pub(crate) struct Keys {
 struct Seen {
     apps: Arc<Apps>,
     revocations: Arc<Revocations>,
-}
-
-impl Seen {
-    fn of(registry: &Registry) -> Self {
-        Self {
-            apps: registry.apps.clone(),
-            revocations: registry.revocations.clone(),
-        }
-    }
 }
 
 impl PartialEq for Seen {
@@ -75,7 +66,10 @@ impl Keys {
     pub(crate) fn new(broker: &Broker, tasks: &Tasks) -> Self {
         Self {
             broker: broker.clone(),
-            seen: broker.view(tasks, Seen::of),
+            seen: broker.view(tasks, |registry| Seen {
+                apps: registry.apps.clone(),
+                revocations: registry.revocations.clone(),
+            }),
             built: Arc::default(),
         }
     }

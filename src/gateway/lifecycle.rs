@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::{Broker, OccupancyChange, Publish};
+use crate::broker::{Broker, Publish};
 use crate::gateway::random_id;
 use crate::tasks::{OnError, Tasks};
-use crate::types::{AppId, ChannelKey, ChannelName};
+use crate::types::{AppId, ChannelKey, ChannelName, OccupancyChange};
 use crate::wire::ably::{Data, Message};
 use crate::wire::body::encode_body;
 

@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use tokio_util::sync::CancellationToken;
 
-use crate::broker::Taken;
 use crate::types::NodeId;
 
 /// How long it takes to send all clients elsewhere, when they are many; the nodes that take them in must bear it.
@@ -67,12 +66,12 @@ impl Live {
         }
     }
 
-    /// The client came back to another node: an older socket here is superseded.
-    pub(crate) fn taken_elsewhere(&self, taken: &Taken) {
+    /// The client came back to another node at `at_ms`: an older socket here is superseded.
+    pub(crate) fn taken_elsewhere(&self, connection_id: &str, at_ms: u64, by: NodeId) {
         let superseded = {
             let seats = self.lock();
-            let place = seats.taken.get(&taken.connection_id);
-            let older = place.filter(|place| place.since < (taken.at_ms, taken.by));
+            let place = seats.taken.get(connection_id);
+            let older = place.filter(|place| place.since < (at_ms, by));
             older.map(|place| place.superseded.clone())
         };
         if let Some(superseded) = superseded {
@@ -149,23 +148,15 @@ mod tests {
 
     #[test]
     fn of_sockets_on_several_nodes_the_latest_has_the_connection() {
-        let came = |at_ms, node| Taken {
-            connection_id: "c".into(),
-            at_ms,
-            by: NodeId(node),
-        };
         let live = Live::default();
         let seat = live.take("c", 5, NodeId(2));
-        for older in [came(4, 3), came(5, 1), came(5, 2)] {
-            live.taken_elsewhere(&older);
-            assert!(!seat.superseded.is_cancelled(), "{older:?}");
+        for (at_ms, node) in [(4, 3), (5, 1), (5, 2)] {
+            live.taken_elsewhere("c", at_ms, NodeId(node));
+            assert!(!seat.superseded.is_cancelled(), "{at_ms} {node}");
         }
-        live.taken_elsewhere(&Taken {
-            connection_id: "d".into(),
-            ..came(6, 3)
-        });
+        live.taken_elsewhere("d", 6, NodeId(3));
         assert!(!seat.superseded.is_cancelled());
-        live.taken_elsewhere(&came(5, 3));
+        live.taken_elsewhere("c", 5, NodeId(3));
         assert!(seat.superseded.is_cancelled());
     }
 }

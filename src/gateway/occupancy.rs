@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use crate::broker::{Counts, Metrics};
 use crate::session::Occupancy;
+use crate::types::{Counts, Metrics};
 use crate::wire::ably::{Action, Data, Frame, Message, flags};
 
 /// The name of messages that tell of it.

@@ -32,13 +32,11 @@ pub struct Admission {
 /// # Errors
 /// `InvalidConnectionKey` when messages of one publish name different connections.
 pub fn take_connection_key(messages: &mut [Message]) -> Result<Option<String>, ErrorInfo> {
-    let mut keys = messages
-        .iter_mut()
-        .map(|message| message.connection_key.take());
-    let first = keys.next().flatten();
-    let same = keys.fold(true, |same, key| same && key == first);
-    if same {
-        return Ok(first);
+    let keys = messages.iter_mut();
+    // All are taken, whatever becomes of them.
+    let keys: Vec<_> = keys.map(|message| message.connection_key.take()).collect();
+    if keys.iter().all(|key| *key == keys[0]) {
+        return Ok(keys.into_iter().next().flatten());
     }
     let what = "messages of one publish are on behalf of different connections";
     Err(ErrorInfo::new(ErrorCode::InvalidConnectionKey, what))
@@ -372,7 +370,12 @@ mod tests {
             json!({"push": {}, "delta": {}, "ephemeral": false, "privileged": "whatever"}),
         ];
         for extras in good {
-            let admitted = admit(with_extras(&[extras.clone()]), &ClientId::Any, 1000).unwrap();
+            let admitted = admit(
+                with_extras(std::slice::from_ref(&extras)),
+                &ClientId::Any,
+                1000,
+            )
+            .unwrap();
             assert_eq!(admitted.messages[0].extras, extras.as_object().cloned());
         }
         let bad = [
@@ -412,7 +415,7 @@ mod tests {
         assert_eq!(ephemeral(&[json!({})]), Ok(false));
         assert_eq!(ephemeral(&[no.clone(), json!({})]), Ok(false));
         assert_eq!(ephemeral(&[yes.clone(), yes.clone()]), Ok(true));
-        for mixed in [[yes.clone(), no.clone()], [json!({}), yes]] {
+        for mixed in [[yes.clone(), no], [json!({}), yes]] {
             let error = ephemeral(&mixed).unwrap_err();
             assert_eq!(error.code, ErrorCode::InvalidExtras, "{mixed:?}");
         }

@@ -264,7 +264,7 @@ impl OwnMembers {
     pub(super) fn depart(&mut self) -> Vec<PresenceMessage> {
         self.bytes = 0;
         let members = std::mem::take(&mut self.members);
-        let last = members.into_iter().filter_map(|(_, member)| {
+        let last = members.into_values().filter_map(|member| {
             let asked = member
                 .asked
                 .into_iter()

@@ -75,7 +75,12 @@ mod tests {
 
     #[test]
     fn a_qualifier_says_parameters() {
-        let table: &[(&str, &str, &[(&str, &str)])] = &[
+        type Row = (
+            &'static str,
+            &'static str,
+            &'static [(&'static str, &'static str)],
+        );
+        let table: &[Row] = &[
             ("c", "c", &[]),
             ("a[b]", "a[b]", &[]),
             ("[meta]channel.lifecycle", "[meta]channel.lifecycle", &[]),

@@ -27,7 +27,13 @@ fn led(node: u64, term: u64) -> Leadership {
 }
 
 /// Tells a leader until it knows everything; gives what changed.
-fn tell(own: &mut Own, heard: &mut Heard, node: u64, term: u64, now: Instant) -> Vec<Change> {
+fn tell(
+    own: &mut Own,
+    heard: &mut Heard,
+    node: u64,
+    term: u64,
+    now: Instant,
+) -> Vec<OccupancyChange> {
     let mut changes = Vec::new();
     for telling in own.tell(led(9, term)) {
         let speaker = (NodeId(node), node);
@@ -80,7 +86,7 @@ async fn channels_open_with_the_first_and_close_with_the_last() {
     first.change(&key("new"), Counts::default(), one());
     assert_eq!(
         tell(&mut first, &mut heard, 1, 1, now),
-        [Change::Opened(key("new"))]
+        [OccupancyChange::Opened(key("new"))]
     );
     second.change(&key("new"), Counts::default(), one());
     assert_eq!(tell(&mut second, &mut heard, 2, 1, now), []);
@@ -92,11 +98,11 @@ async fn channels_open_with_the_first_and_close_with_the_last() {
     second.change(&key("new"), one(), Counts::default());
     assert_eq!(
         tell(&mut second, &mut heard, 2, 1, now),
-        [Change::Closed(key("new"))]
+        [OccupancyChange::Closed(key("new"))]
     );
     assert_eq!(
         heard.expire(1, now + SILENT_AFTER),
-        [Change::Closed(key("old"))]
+        [OccupancyChange::Closed(key("old"))]
     );
 }
 

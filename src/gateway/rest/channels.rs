@@ -5,14 +5,13 @@ use axum::http::StatusCode;
 use serde::Serialize;
 
 use crate::auth::Operation;
-use crate::broker::Metrics;
 use crate::gateway::answer::{self, answer};
 use crate::gateway::occupancy::Shown;
 use crate::gateway::page::{self, Page};
 use crate::gateway::rest::Answer;
 use crate::gateway::rest::asked::Asked;
 use crate::gateway::{Door, history, members};
-use crate::types::{ChannelName, ErrorCode, ErrorInfo};
+use crate::types::{ChannelName, ErrorCode, ErrorInfo, Metrics};
 
 pub(super) async fn history(State(door): State<Door>, asked: Asked) -> Answer {
     asked
@@ -250,8 +249,8 @@ type Found = Vec<(ChannelName, Metrics)>;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::broker::Counts;
     use crate::gateway::rest::pairs;
+    use crate::types::Counts;
     use crate::wire::ably::{Format, encode_value};
 
     fn metrics(subscribers: u32, presence_members: u32) -> Metrics {

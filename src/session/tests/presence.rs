@@ -37,9 +37,12 @@ fn events(session: &mut Session, msg_serial: u64, events: Value) -> Vec<Effect> 
     )
 }
 
-/// The record of one presence publish: (action, client id, data) of each event.
+/// Action, client id and data.
+type Event = (i64, String, Option<String>);
+
+/// The record of one presence publish.
 #[track_caller]
-fn record(effects: &[Effect]) -> (Ticket, String, Vec<(i64, String, Option<String>)>) {
+fn record(effects: &[Effect]) -> (Ticket, String, Vec<Event>) {
     let [
         Effect::Publish {
             ticket,
@@ -192,6 +195,7 @@ fn to_leave_as_nobody_is_answered_and_nothing_else() {
 }
 
 #[test]
+#[expect(clippy::too_many_lines, reason = "a table of refusals")]
 fn presence_that_breaks_a_rule_is_refused() {
     let big = "x".repeat(65_537);
     let table = [
