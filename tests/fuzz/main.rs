@@ -78,6 +78,7 @@ impl Random {
 }
 
 /// Calls `round` until the time is over, at least once.
+#[expect(clippy::print_stdout, reason = "the seed of a failed run is wanted")]
 fn for_a_while(name: &str, mut round: impl FnMut(&mut Random)) {
     let number = |name| std::env::var(name).ok().map(|text| text.parse().unwrap());
     let seconds: u64 = number("FIRTH_FUZZ_SECONDS").unwrap_or(1);
