@@ -2,6 +2,7 @@
 
 import assert from 'node:assert/strict';
 
+import { createApp } from './lib/app.mjs';
 import { ACTION, RawClient } from './lib/raw.mjs';
 import { History, SDKS, participant } from './lib/recorder.mjs';
 import { Subscriber, describe, history, refusal, state } from './lib/sdk.mjs';
@@ -313,16 +314,39 @@ scenario('occupancy forgets who was on a node that died', async (given) => {
   );
 });
 
-scenario('a channel tells its coming and going on [meta]channel.lifecycle', async ({ clients }) => {
-  const meta = (await clients.realtime(1)).channels.get('[meta]channel.lifecycle');
+scenario('who may not hear of metachannels is told so, and there are no others', async ({ clients }) => {
+  const client = await clients.realtime(3);
+  assert.equal((await refusal(client.channels.get('[meta]channel.lifecycle').attach())).code, 40160);
+  assert.equal((await refusal(client.channels.get('[meta]nothing').attach())).code, 40010);
+});
+
+scenario('connections tell their coming and going on [meta]connection.lifecycle', async ({ cluster, clients }) => {
+  const { keys } = await createApp(cluster, { keys: [{ capability: '{"[*]*":["*"]}' }] });
+  const meta = (await clients.realtime(1, { key: keys[0] })).channels.get('[meta]connection.lifecycle');
+  const events = [];
+  await meta.subscribe(({ name, data }) => events.push(`${name} ${data.connectionId} ${data.clientId}`));
+  const other = await clients.realtime(3, { key: keys[0], clientId: 'ada' });
+  const id = other.connection.id;
+  await until(() => events.includes(`connection.opened ${id} ada`), { what: 'connection.opened' });
+  other.close();
+  await until(() => events.includes(`connection.closed ${id} ada`), { what: 'connection.closed' });
+});
+
+scenario('a channel tells its coming and going on [meta]channel.lifecycle', async ({ cluster, clients }) => {
+  const { keys } = await createApp(cluster, { keys: [{ capability: '{"[*]*":["*"]}' }] });
+  const meta = (await clients.realtime(1, { key: keys[0] })).channels.get('[meta]channel.lifecycle');
   const events = [];
   await meta.subscribe(({ name, data }) => events.push([name, data.channelId ?? data.name]));
-  const channel = (await clients.realtime(2)).channels.get('lifecycle-seen');
+  const channel = (await clients.realtime(2, { key: keys[0] })).channels.get('lifecycle-seen');
   await channel.attach();
   await until(() => events.some(([event, id]) => event === 'channel.opened' && id === 'lifecycle-seen'), {
     what: 'channel.opened',
   }).catch((error) => {
     throw new Error(`${error.message}; ${JSON.stringify(events)}`);
+  });
+  await channel.detach();
+  await until(() => events.some(([event, id]) => event === 'channel.closed' && id === 'lifecycle-seen'), {
+    what: 'channel.closed',
   });
   assert.equal((await refusal(meta.publish('m', 'x'))).code, 40160);
 });

@@ -4,7 +4,7 @@ import assert from 'node:assert/strict';
 
 import { refusal } from './lib/sdk.mjs';
 import { suite } from './lib/suite.mjs';
-import { inParallel } from './lib/wait.mjs';
+import { inParallel, until } from './lib/wait.mjs';
 
 const BOTH = [2, 1];
 const FORMATS = [true, false];
@@ -274,13 +274,26 @@ scenario('status and enumeration see channels of all nodes', async ({ cluster, c
     live.push(channel);
   }
   for (const node of [1, 2, 3]) {
-    const details = await clients.rest(node).channels.get('listed:b').status();
+    // Nodes tell each other what their clients do a moment later.
+    const details = await until(
+      async () => {
+        const found = await clients.rest(node).channels.get('listed:b').status();
+        return found.status.occupancy.metrics.connections > 0 && found;
+      },
+      { what: `node ${node} to count`, within: 5_000 },
+    );
     assert.equal(details.channelId, 'listed:b');
     assert.equal(details.status.isActive, true);
     const { connections, subscribers, publishers, presenceMembers } = details.status.occupancy.metrics;
     assert.deepEqual([connections, subscribers, publishers, presenceMembers], [1, 1, 1, 1]);
-    const { body } = await call(cluster, node, '/channels?prefix=listed:&by=id');
-    assert.deepEqual([...body].sort(), ['listed:a', 'listed:b', 'listed:c']);
+    const names = await until(
+      async () => {
+        const { body } = await call(cluster, node, '/channels?prefix=listed:&by=id');
+        return body.length >= 3 && body;
+      },
+      { what: `node ${node} to list all`, within: 5_000 },
+    );
+    assert.deepEqual(names, ['listed:a', 'listed:b', 'listed:c']);
   }
   const pages = [];
   let target = '/channels?prefix=listed:&by=id&limit=2';
