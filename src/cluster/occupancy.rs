@@ -29,6 +29,8 @@ pub(super) struct Own {
     changed: BTreeSet<ChannelKey>,
     /// Who has all but what changed.
     told: Option<Leadership>,
+    /// Something told did not arrive: what the leader has may be wrong.
+    unsure: bool,
     watched: BTreeMap<ChannelKey, watch::Sender<Option<Metrics>>>,
 }
 
@@ -81,11 +83,12 @@ impl Own {
             }
         };
         let asked: Vec<ChannelKey> = self.watched.keys().cloned().collect();
-        if counts.is_empty() && asked.is_empty() && self.counts.is_empty() {
+        if counts.is_empty() && asked.is_empty() && self.counts.is_empty() && !self.unsure {
             self.told = None;
             return vec![];
         }
         self.told = Some(leader);
+        self.unsure = false;
         let nothing = || Telling {
             speaks: true,
             ..Telling::default()
@@ -105,6 +108,7 @@ impl Own {
     /// A telling did not arrive, or the leader knows nothing of this node.
     pub(super) fn forget_told(&mut self) {
         self.told = None;
+        self.unsure = true;
     }
 
     /// What a telling asked for.
