@@ -12,8 +12,8 @@ export PATH := $(HOME)/.cargo/bin:$(PATH)
 TARGET := $(abspath $(or $(CARGO_TARGET_DIR),target))
 export FIRTH_BIN ?= $(TARGET)/release/firth
 
-SDK := tests/sdk
-NODE_MODULES := $(SDK)/node_modules/.installed
+SDK_DIR := tests/sdk
+NODE_MODULES := $(SDK_DIR)/node_modules/.installed
 VENV := target/venv/.installed
 KAFKA_JARS := target/kafka/.installed
 DENY_VERSION := 0.20.2
@@ -23,18 +23,21 @@ DENY := $(or $(shell command -v cargo-deny),target/tools/bin/cargo-deny)
 CARGO_FLAGS := --release --locked
 
 # Test files, by the target that runs them; `make sdk SDK_TESTS=failover` runs one.
-SDK_TESTS ?= sdk order bad-input failover restart crash wiped damage disk-full cli
+SDK_TESTS ?= vectors sdk order bad-input failover restart crash wiped damage disk-full cli presence channels connections tokens rest verdict faults
 KAFKA_TESTS ?= kafka-in kafka-out
 PAGE_TESTS ?= page
 
-# How long `make soak` publishes.
-MINUTES ?= 60
+# How long `make soak` publishes, and `make faults` torments (1 where nothing is said).
+soak: MINUTES ?= 60
 
 # `make seeds SEEDS=100000` runs more of what `make unit` runs 2,000 of; FROM is the first one.
 SEEDS ?= 100000
 FROM ?= 0
 
-.PHONY: help test setup tools build lint fmt clippy doc deny unit seeds bench sdk kafka page soak catchup kafka-jars fix audit clean
+# How long `make fuzz` runs each of what `make unit` runs for a second.
+SECONDS ?= 60
+
+.PHONY: help test setup tools build lint fmt clippy doc deny unit seeds fuzz bench sdk faults kafka page soak catchup kafka-jars fix audit clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,7 +78,7 @@ doc:
 
 deny: $(DENY)
 	@echo "== licences, bans, sources"
-	@! grep -n '"resolved"' $(SDK)/package-lock.json || { echo "package-lock.json names a registry" >&2; exit 1; }
+	@! grep -n '"resolved"' $(SDK_DIR)/package-lock.json || { echo "package-lock.json names a registry" >&2; exit 1; }
 	$(DENY) --log-level error check licenses bans sources
 
 unit: build ## Rust's own tests
@@ -85,20 +88,27 @@ unit: build ## Rust's own tests
 seeds: ## the log on a faulty disk, SEEDS=100000 times
 	FIRTH_SEEDS=$(SEEDS) FIRTH_SEEDS_FROM=$(FROM) cargo test $(CARGO_FLAGS) --lib storage::tests::seeds -- --nocapture
 
+fuzz: ## decoders and conversations under damaged input, each for SECONDS=60
+	FIRTH_FUZZ_SECONDS=$(SECONDS) cargo test $(CARGO_FLAGS) --test fuzz -- --nocapture
+
 bench: ## the log beside the raw limit of this disk
 	cargo bench --locked --bench log
 
 sdk: build $(NODE_MODULES) $(VENV) ## official SDKs and the command line against three processes
 	@echo "== SDKs against a cluster: $(SDK_TESTS)"
-	cd $(SDK) && $(call run_node,$(SDK_TESTS))
+	cd $(SDK_DIR) && $(call run_node,$(SDK_TESTS))
+
+faults: build $(NODE_MODULES) $(VENV) ## random kills, pauses and cuts under every SDK: MINUTES=10 SDK=js2,python SEED=1; a failed run's history in target/faults
+	@echo "== faults"
+	cd $(SDK_DIR) && MINUTES=$(MINUTES) SDK=$(SDK) CLIENTS=$(CLIENTS) SEED=$(SEED) $(call run_node,faults)
 
 kafka: build $(NODE_MODULES) $(KAFKA_JARS) ## a real Kafka beside the cluster
 	@echo "== a real Kafka: $(KAFKA_TESTS)"
-	cd $(SDK) && $(call run_node,$(KAFKA_TESTS))
+	cd $(SDK_DIR) && $(call run_node,$(KAFKA_TESTS))
 
 page: build $(NODE_MODULES) ## the chat page in headless Chromium; screenshots in target/screenshots
 	@echo "== the page in Chromium"
-	cd $(SDK) && $(call run_node,$(PAGE_TESTS))
+	cd $(SDK_DIR) && $(call run_node,$(PAGE_TESTS))
 
 soak: build $(NODE_MODULES) ## an hour of publishing with retention: memory and disk must stay flat; MINUTES=60, results in target/soak
 	@echo "== $(MINUTES) minutes of publishing"
@@ -118,12 +128,12 @@ $(KAFKA_JARS): tests/kafka/pom.xml | tools
 	mvn -q -B -f $< dependency:copy-dependencies -Djars=$(abspath target/kafka)
 	@touch $@
 
-$(NODE_MODULES): $(SDK)/package-lock.json $(SDK)/package.json | tools
+$(NODE_MODULES): $(SDK_DIR)/package-lock.json $(SDK_DIR)/package.json | tools
 	@echo "== SDK from npm"
-	cd $(SDK) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	cd $(SDK_DIR) && npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
 	@touch $@
 
-$(VENV): $(SDK)/requirements.txt | tools
+$(VENV): $(SDK_DIR)/requirements.txt | tools
 	@echo "== SDK from PyPI"
 	python3 -m venv --clear target/venv
 	target/venv/bin/pip install -q --disable-pip-version-check -r $<
@@ -143,4 +153,4 @@ audit: $(DENY) ## known vulnerabilities (fetches the RustSec database)
 
 clean: ## remove everything that was built or brought
 	cargo clean
-	rm -rf target $(SDK)/node_modules
+	rm -rf target $(SDK_DIR)/node_modules

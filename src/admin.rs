@@ -1,10 +1,16 @@
 //! The operator's side of a node: what it knows, over HTTP on a loopback address, and the calls the CLI makes.
 //!
-//! Its one command brings a node back that lost its data; credentials come with cluster operations, hence loopback only.
+//! Its commands bring a node back that lost its data, and create and delete apps; credentials come with cluster operations,
+//! hence loopback only.
 
+pub mod app_command;
+mod app_routes;
+mod apps;
 pub mod call;
 mod status;
 
+pub use app_command::AppCommand;
+pub use apps::RETENTION_MS_MAX;
 pub use status::{ControlStatus, LogStatus, NodeStatus, ShardStatus, StatesStatus, Status};
 
 use std::net::SocketAddr;
@@ -82,6 +88,11 @@ pub async fn start(
         .route("/channels/{app}/{channel}", get(channel))
         .route("/nodes/{node}", get(node))
         .route("/nodes/{node}/readmit", post(readmit))
+        .route("/apps", get(app_routes::list).post(app_routes::create))
+        .route(
+            "/apps/{app}",
+            get(app_routes::show).delete(app_routes::delete),
+        )
         .with_state(Known { serving, phase });
     tasks.spawn("admin.http", OnError::StopNode, |token| async move {
         let stopped = token.cancelled_owned();
@@ -112,15 +123,20 @@ fn refuse(status: StatusCode, what: &str) -> Answer {
     (status, Json(json!({ "error": what })))
 }
 
+/// A value as JSON.
+fn answer<T: serde::Serialize>(status: StatusCode, value: &T) -> Answer {
+    match serde_json::to_value(value) {
+        Ok(value) => (status, Json(value)),
+        Err(err) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &err.to_string()),
+    }
+}
+
 async fn status(State(known): State<Known>) -> Answer {
     let serving = match known.serving() {
         Ok(serving) => serving,
         Err(answer) => return answer,
     };
-    match serde_json::to_value(Status::of(&serving)) {
-        Ok(status) => (StatusCode::OK, Json(status)),
-        Err(err) => refuse(StatusCode::INTERNAL_SERVER_ERROR, &err.to_string()),
-    }
+    answer(StatusCode::OK, &Status::of(&serving))
 }
 
 async fn channel(

@@ -1,38 +1,54 @@
-//! The one API behind every door: publish, follow a channel from a serial, read its history.
+//! The one API behind every door: publish, follow a channel from a serial, read its history, list its members.
 
 mod feed;
 mod follow;
+mod once;
 mod publish;
 
 pub use feed::{Hub, Record};
-pub use follow::{Continuity, Follower, Lost, Polled, Waker};
+pub use follow::{Continuity, Follower, From, Lost, Polled, Start, Started, Waker};
+pub use once::Once;
 pub use publish::{Publish, PublishError, Published};
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::watch;
+use bytes::Bytes;
+use tokio::sync::{mpsc, watch};
 
 use crate::channel;
+
 use crate::cluster::{
-    BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
+    self, BridgeState, Cluster, CommandError, Peer, ReadError, Registry, ShardPage, StoredRecord,
 };
 use crate::tasks::{OnError, Tasks};
-use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Leadership, NodeId, Range, Serial, ShardId};
-use crate::wire::control;
+use crate::types::{
+    AppId, ChannelKey, ChannelName, Counts, ErrorCode, ErrorInfo, Kinds, Leadership, Metrics,
+    NodeId, OccupancyChange, Range, Serial, ShardId,
+};
+use crate::wire::ably::PresenceMessage;
+use crate::wire::{control, entry};
 
 /// How long a read waits for a leader and for this node's replica.
 const READ_PATIENCE: Duration = Duration::from_secs(5);
-
-/// What channels of an app without a namespace rule of their own are kept for, in milliseconds.
-const RETENTION_DEFAULT_MS: u64 = 120_000;
 
 /// A handle to the node's broker.
 #[derive(Clone, Debug)]
 pub struct Broker {
     cluster: Cluster,
     hub: Arc<Hub>,
+}
+
+/// One attachment, for as long as it is counted.
+#[derive(Debug)]
+pub struct Occupying(cluster::Occupying);
+
+impl Occupying {
+    /// What the attachment may do from now on.
+    pub fn set(&mut self, counts: Counts) {
+        self.0.set(counts);
+    }
 }
 
 /// Where a channel lives.
@@ -114,12 +130,123 @@ impl Broker {
     /// the outcome.
     #[must_use = "the outcome says whether it was stored"]
     pub fn publish(&self, publish: Publish) -> Published {
-        let rule = self.rule(&publish.key);
-        let shard = self.cluster.shard_of(&publish.key);
-        Published::new(self.cluster.submit(shard, publish.into_entry(&rule)))
+        let rule = self.cluster.registry().borrow().rule(&publish.key);
+        self.publish_by(publish, &rule)
     }
 
-    /// Records of a channel within `range`, at most `limit`, and whether the page was cut before that for its size.
+    /// As [`Self::publish`], by another rule than the registry's.
+    fn publish_by(&self, publish: Publish, rule: &control::Namespace) -> Published {
+        let shard = self.cluster.shard_of(&publish.key);
+        let entry = publish.into_entry(rule, self.cluster.attendant());
+        Published::new(self.cluster.submit(shard, entry))
+    }
+
+    /// The random number that this process drew at its start: with the node it tells who attends a connection.
+    #[must_use]
+    pub fn boot(&self) -> u64 {
+        self.cluster.boot()
+    }
+
+    /// Counts an attachment to the channel, as nothing yet.
+    #[must_use]
+    pub fn occupy(&self, key: &ChannelKey) -> Occupying {
+        Occupying(self.cluster.occupy(key))
+    }
+
+    /// The channel's occupancy over all nodes, about each second as it changes; `None` until it is known.
+    #[must_use]
+    pub fn watch_occupancy(&self, key: &ChannelKey) -> watch::Receiver<Option<Metrics>> {
+        self.cluster.watch_occupancy(key)
+    }
+
+    /// The channel's occupancy over all nodes.
+    ///
+    /// # Errors
+    /// `NoLeader` when who leads its shard is not reached in time.
+    pub async fn metrics(&self, key: &ChannelKey) -> Result<Metrics, ErrorInfo> {
+        self.cluster.metrics(key).await.map_err(read_error)
+    }
+
+    /// Channels that open and close, of shards that this node leads. There is one listener; for others there is nothing.
+    #[must_use]
+    pub fn take_occupancy_changes(&self) -> Option<mpsc::Receiver<OccupancyChange>> {
+        self.cluster.take_occupancy_changes()
+    }
+
+    /// Up to `limit` channels of the app that somebody is attached to, in the order of their names: those that begin with
+    /// `prefix` and come after `after`.
+    ///
+    /// # Errors
+    /// `NoLeader` when who leads a shard is not reached in time.
+    pub async fn active_channels(
+        &self,
+        app: &AppId,
+        prefix: &str,
+        after: Option<&ChannelName>,
+        limit: usize,
+    ) -> Result<Vec<(ChannelName, Metrics)>, ErrorInfo> {
+        let channels = self.cluster.active_channels(app, prefix, after, limit);
+        channels.await.map_err(read_error)
+    }
+
+    /// Tells all other nodes that a client came back here, so that an older socket of its connection ends.
+    pub fn say_taken(&self, connection_id: &str, at_ms: u64, tasks: &Tasks) {
+        let taken = cluster::Taken {
+            connection_id: connection_id.to_owned(),
+            at_ms,
+            by: self.node(),
+        };
+        self.cluster.say_taken(&taken, tasks);
+    }
+
+    /// Has every connection that came back to another node told to `listener`. The first one counts.
+    /// It gets the connection's id, when the client came back in milliseconds since 1970, and to which node.
+    pub fn on_taken(&self, listener: impl Fn(&str, u64, NodeId) + Send + Sync + 'static) {
+        (self.cluster).on_taken(move |taken| listener(&taken.connection_id, taken.at_ms, taken.by));
+    }
+
+    /// Milliseconds since 1970, by this node's clock.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        self.cluster.now_ms()
+    }
+
+    /// An id for leaves that a client did not ask for: begins with no connection's id, so that clients order the leave by
+    /// its time.
+    #[must_use]
+    pub fn left_id() -> String {
+        cluster::left_id()
+    }
+
+    /// Says that this process attends the members that the connection has in the channel, if it has any.
+    #[must_use = "the outcome says whether it was heard"]
+    pub fn attend(&self, key: ChannelKey, connection_id: &str) -> Published {
+        self.publish(Publish {
+            key,
+            id: String::new(),
+            connection_id: connection_id.to_owned(),
+            count: 0,
+            body: Bytes::new(),
+            source: None,
+            presence: Some(entry::Presence::default()),
+            ephemeral: false,
+        })
+    }
+
+    /// The channel's members, in the order of client id and connection id. Shows everything acknowledged anywhere before
+    /// the call.
+    ///
+    /// # Errors
+    /// When no leader is reached in time.
+    pub async fn members(&self, key: &ChannelKey) -> Result<Vec<PresenceMessage>, ErrorInfo> {
+        let shard = self.cluster.shard_of(key);
+        let caught_up = self.cluster.catch_up(shard, READ_PATIENCE).await;
+        caught_up.map_err(read_error)?;
+        let members = self.cluster.state(shard).members(key);
+        Ok(follow::listed(members))
+    }
+
+    /// Records of a channel of these kinds within `range`, at most `limit`, and whether the page was cut before that for its size.
     /// Shows everything acknowledged anywhere before the call.
     ///
     /// # Errors
@@ -128,6 +255,7 @@ impl Broker {
         &self,
         key: &ChannelKey,
         range: &Range,
+        kinds: Kinds,
         limit: usize,
     ) -> Result<(Vec<StoredRecord>, bool), ErrorInfo> {
         let shard = self.cluster.shard_of(key);
@@ -135,7 +263,7 @@ impl Broker {
             .catch_up(shard, READ_PATIENCE)
             .await
             .map_err(read_error)?;
-        let refs = self.cluster.state(shard).range(key, range, limit);
+        let refs = self.cluster.state(shard).range(key, range, kinds, limit);
         let refs = refs.map_err(|err| read_error(err.into()))?;
         let wanted = refs.len();
         let records = self.cluster.read_records(shard, refs).await;
@@ -144,32 +272,41 @@ impl Broker {
         Ok((records, cut))
     }
 
-    /// Follows a channel from after `from`; from the present where `None`, or where what follows it is gone.
-    /// `waker` is woken with `slot` whenever there is something to poll for.
-    #[must_use]
-    pub fn follow(
-        &self,
-        key: ChannelKey,
-        from: Option<Serial>,
-        waker: Arc<Waker>,
-        slot: u32,
-    ) -> (Follower, Continuity) {
-        Follower::start(self.cluster.clone(), &self.hub, key, from, waker, slot)
+    /// Whether everything after `serial` is retained, so that what is retained up to it ends there without a gap. As this
+    /// node knows it.
+    ///
+    /// # Errors
+    /// When the channel cannot be read.
+    pub fn reaches_back_to(&self, key: &ChannelKey, serial: Serial) -> Result<bool, ErrorInfo> {
+        let shard = self.cluster.shard_of(key);
+        let found = self.cluster.state(shard).after(key, serial, 1);
+        match found {
+            Ok(_) => Ok(true),
+            Err(channel::ReadError::Behind(_)) => Ok(false),
+            Err(err) => Err(read_error(err.into())),
+        }
     }
 
-    /// What of a channel is retained.
-    fn rule(&self, key: &ChannelKey) -> control::Namespace {
-        let registry = self.cluster.registry();
-        let registry = registry.borrow();
-        let bootstrap = registry.bootstrap.as_ref();
-        let apps = bootstrap.into_iter().flat_map(|bootstrap| &bootstrap.apps);
-        let mut namespaces = apps
-            .filter(|app| app.id == key.app.as_str())
-            .flat_map(|app| &app.namespaces);
-        let rule = namespaces.find(|namespace| namespace.id == key.name.namespace());
-        rule.cloned().unwrap_or_else(|| control::Namespace {
-            retention_ms: RETENTION_DEFAULT_MS,
-            ..Default::default()
+    /// Follows a channel. `waker` is woken with `slot` whenever there is something to poll for.
+    #[must_use]
+    pub fn follow(&self, key: ChannelKey, start: Start, waker: Arc<Waker>, slot: u32) -> Started {
+        Follower::start(self.cluster.clone(), &self.hub, key, start, waker, slot)
+    }
+
+    /// Has tokens count no more, on every node as soon as it hears of it.
+    ///
+    /// # Errors
+    /// `RateLimited` when the app has revoked as much as it may at a time, or its key is gone meanwhile; `Timeout` when
+    /// the control group is not reached, and it may or may not have been done.
+    pub async fn revoke_tokens(&self, change: control::RevokeTokens) -> Result<(), ErrorInfo> {
+        let command = control::entry::Command::RevokeTokens(change);
+        let done = self.cluster.command(command).await;
+        done.map_err(|err| {
+            let code = match err {
+                CommandError::Refused(_) => ErrorCode::RateLimited,
+                CommandError::Indeterminate => ErrorCode::Timeout,
+            };
+            ErrorInfo::new(code, err.to_string())
         })
     }
 }
@@ -249,7 +386,7 @@ impl Broker {
             .await
     }
 
-    /// Accepted records of a shard after log index `after`, about `max_bytes` of them.
+    /// Accepted messages of a shard after log index `after`, about `max_bytes` of them.
     ///
     /// # Errors
     /// When the log cannot be read that far back.

@@ -1,5 +1,6 @@
-//! The replicated state machine of a shard: which records each channel holds, which publishes were seen before,
-//! how far each Kafka source is. It holds places in the log, never payloads: the log is the data.
+//! The replicated state machine of a shard: which records each channel holds, which publishes were seen before, who is
+//! present, how far each Kafka source is. It holds places in the log, never payloads: the log is the data. Only members'
+//! last events are here themselves, since members outlive their records.
 //!
 //! The same entries give the same state on every replica: time comes from the entries' stamps, maps are ordered.
 //!
@@ -12,6 +13,7 @@ mod held;
 mod index;
 mod invariants;
 mod ledger;
+mod presence;
 mod publish;
 mod read;
 mod rebuild;
@@ -22,6 +24,7 @@ mod tests;
 
 pub use archive::{Archive, Archived, ChannelId, MemoryArchive, Place};
 pub use checkpoint::InvalidCheckpoint;
+pub use presence::{Attendant, Attended, Member};
 pub use read::{Behind, ReadError, RecordRef};
 pub use shard::{Applied, Error, Event, Options, Outcome, Shard};
 

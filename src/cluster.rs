@@ -4,19 +4,26 @@
 //! membership changes.
 
 mod admission;
+mod apps;
+mod attendance;
 mod balance;
 mod clock;
 mod compare;
 mod control;
 mod forward;
 mod lane;
+mod occupancy;
 mod proposer;
 mod readmit;
 mod registry;
 mod replica;
 mod start;
+mod taken;
+mod telling;
 mod upkeep;
 
+pub use apps::AppError;
+pub use attendance::left_id;
 pub use clock::Clock;
 pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
@@ -24,6 +31,8 @@ pub use readmit::{ReadmitError, Standing};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
 pub use replica::{EventSink, ShardPage, StoredRecord};
 pub use start::Parts;
+pub use taken::Taken;
+pub use telling::Occupying;
 pub use upkeep::Options as UpkeepOptions;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -35,8 +44,11 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 
 use crate::channel::{RecordRef, Shard};
+use crate::cluster::attendance::Pulses;
 use crate::cluster::lane::Lane;
 use crate::cluster::replica::State;
+use crate::cluster::taken::OnTaken;
+use crate::cluster::telling::Occupancy;
 use crate::cluster::upkeep::Exported;
 use crate::placement;
 use crate::raft::{self, Group, Host, LogUsage};
@@ -126,6 +138,11 @@ struct Inner {
     shards: OnceLock<Vec<Replica>>,
     /// Tells this node's data directory from every other.
     directory: String,
+    /// Drawn at the start: tells this process from every other of the node.
+    boot: u64,
+    pulses: Pulses,
+    on_taken: OnTaken,
+    occupancy: Occupancy,
     /// Comparisons of states that agreed, and that did not.
     compared: AtomicU64,
     differed: AtomicU64,
@@ -207,6 +224,12 @@ impl Cluster {
         self.replica(shard).state.read()
     }
 
+    /// The time that this node stamps entries with, milliseconds since 1970.
+    #[must_use]
+    pub fn now_ms(&self) -> u64 {
+        self.0.options.clock.now_ms()
+    }
+
     /// Newest log index applied on this node, as it grows.
     #[must_use]
     pub fn applied(&self, shard: ShardId) -> watch::Receiver<u64> {
@@ -254,7 +277,7 @@ impl Cluster {
         read.await.map_err(stopping)?
     }
 
-    /// Reads accepted records after log index `after`, about `max_bytes` of them. May read the disk.
+    /// Reads accepted messages after log index `after`, about `max_bytes` of them. May read the disk.
     ///
     /// # Errors
     /// When the log is damaged or no longer reaches back that far.
@@ -345,7 +368,8 @@ impl Cluster {
     }
 }
 
-/// Service numbers on the wire, for ever. 16 is the forwarding of publishes, 21 admission, 22 membership, 23 digests.
+/// Service numbers on the wire, for ever. 16 is the forwarding of publishes, 21 admission, 22 membership, 23 digests, 24
+/// whose process lives.
 const READ_INDEX: transport::Service = transport::Service(17);
 const CONTROL: transport::Service = transport::Service(18);
 const ALIVE: transport::Service = transport::Service(19);

@@ -126,6 +126,9 @@ pub struct Key {
     /// JSON: resource to operations.
     #[serde(default = "default_capability")]
     pub capability: String,
+    /// Its tokens can be revoked, and live an hour at most for that.
+    #[serde(default)]
+    pub revocable_tokens: bool,
 }
 
 /// A rule for the channels whose name begins with `id:`.
@@ -146,9 +149,6 @@ pub struct Namespace {
     #[serde(default)]
     pub ephemeral: bool,
 }
-
-/// Longest retention: 365 days.
-const RETENTION_MS_MAX: u64 = 365 * 24 * 3_600_000;
 
 /// A Kafka cluster to mirror with, by the convention.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -332,7 +332,7 @@ impl File {
             (app.id.parse::<AppId>())
                 .map_err(|err| invalid(&format!("bootstrap.apps.{at}.id"), err.to_string()))?;
             for (n, namespace) in app.namespaces.iter().enumerate() {
-                if namespace.retention_ms > RETENTION_MS_MAX {
+                if namespace.retention_ms > admin::RETENTION_MS_MAX {
                     let field = format!("bootstrap.apps.{at}.namespaces.{n}.retention_ms");
                     return Err(invalid(&field, "at most 365 days are possible".to_owned()));
                 }
@@ -398,6 +398,7 @@ impl File {
                 listen: self.listen.client,
                 connections_max: self.limits.connections,
                 limits,
+                members_max: gateway::MEMBERS_MAX,
             },
             bridge: bridge::Options::default(),
             admin: admin::Options {
@@ -424,6 +425,7 @@ impl Bootstrap {
             id: key.id,
             secret: key.secret,
             capability: key.capability,
+            revocable_tokens: key.revocable_tokens,
         };
         let namespace = |namespace: Namespace| control::Namespace {
             id: namespace.id,

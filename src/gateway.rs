@@ -1,14 +1,24 @@
 //! The internet door: accepts connections, serves REST and the page, and drives a `session` for each WebSocket.
 
 mod answer;
+mod comet;
+mod conversation;
+mod departures;
 mod history;
 mod keys;
+mod lifecycle;
 mod live;
+mod members;
+mod occupancy;
+mod open;
+mod page;
 mod rest;
+mod wire;
 mod ws;
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::{Extension, Router};
@@ -19,9 +29,12 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
 use crate::broker::Broker;
+use crate::gateway::comet::Comets;
+use crate::gateway::departures::Departures;
 use crate::gateway::keys::Keys;
-use crate::gateway::live::Live;
-use crate::session::Limits;
+use crate::gateway::lifecycle::Lifecycle;
+use crate::gateway::live::{Live, Seat};
+use crate::session::{Limits, Opening};
 use crate::tasks::{OnError, Tasks};
 
 /// How long a client may leave what it was sent unacknowledged.
@@ -31,6 +44,9 @@ const HEAD_PATIENCE: Duration = Duration::from_secs(10);
 /// Bytes of a request's head.
 const HEAD_BYTES_MAX: usize = 32 * 1024;
 
+/// Presence members of a channel unless configured otherwise.
+pub const MEMBERS_MAX: usize = 250;
+
 /// What the door listens on and lets in.
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -38,6 +54,8 @@ pub struct Options {
     /// Connections at a time, over which new ones wait to be accepted.
     pub connections_max: usize,
     pub limits: Limits,
+    /// Presence members that one channel may have.
+    pub members_max: usize,
 }
 
 /// The door could not be opened.
@@ -54,8 +72,25 @@ pub(crate) struct Door {
     broker: Broker,
     keys: Keys,
     live: Live,
+    comets: Comets,
+    departures: Departures,
+    lifecycle: Lifecycle,
     limits: Limits,
+    /// Presence members that one channel may have.
+    members_max: usize,
     tasks: Tasks,
+}
+
+impl Door {
+    /// The connection's place, which its older sockets lose wherever they are.
+    fn seat(&self, opening: &Opening) -> Seat {
+        let (id, now_ms) = (&opening.connection_id, self.broker.now_ms());
+        let seat = self.live.take(id, now_ms, self.broker.node());
+        if opening.resumed {
+            self.broker.say_taken(id, now_ms, &self.tasks);
+        }
+        seat
+    }
 }
 
 /// The port, taken but not served yet.
@@ -85,12 +120,18 @@ impl Gateway {
     /// Serves until `tasks` is stopped. Clients are then told to go elsewhere.
     pub fn serve(self, broker: Broker, tasks: &Tasks) {
         let door = Door {
-            keys: Keys::new(broker.clone()),
+            keys: Keys::new(&broker, tasks),
             live: Live::default(),
+            comets: Comets::new(self.options.connections_max),
+            departures: Departures::new(broker.clone(), tasks.clone()),
+            lifecycle: Lifecycle::start(&broker, tasks),
             limits: self.options.limits.clone(),
+            members_max: self.options.members_max,
             tasks: tasks.clone(),
             broker,
         };
+        let live = door.live.clone();
+        (door.broker).on_taken(move |id, at_ms, by| live.taken_elsewhere(id, at_ms, by));
         let router = rest::router(door);
         let connections = Arc::new(Semaphore::new(self.options.connections_max));
         let acceptor = Acceptor {
@@ -182,6 +223,13 @@ fn unix_ms() -> u64 {
     since.map_or(0, |since| {
         u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
     })
+}
+
+/// The same, never less than before: what sessions live by.
+fn steady_ms() -> u64 {
+    static NEWEST: AtomicU64 = AtomicU64::new(0);
+    let now = unix_ms();
+    NEWEST.fetch_max(now, Ordering::Relaxed).max(now)
 }
 
 /// Sixteen URL-safe characters that nobody can guess.

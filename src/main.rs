@@ -80,6 +80,8 @@ enum AdminCommand {
     /// Nodes of the cluster
     #[command(subcommand)]
     Node(NodeCommand),
+    #[command(subcommand)]
+    App(admin::AppCommand),
 }
 
 #[derive(Debug, Subcommand)]
@@ -187,6 +189,7 @@ async fn admin_command(url: &str, command: AdminCommand) -> anyhow::Result<()> {
         AdminCommand::Node(NodeCommand::Readmit { node, no_wait }) => {
             admin::call::readmit(url, node, !no_wait, |line| say(&line)).await
         }
+        AdminCommand::App(command) => admin::app_command::run(url, command, say).await,
     }
 }
 

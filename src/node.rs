@@ -25,8 +25,8 @@ use crate::transport::Transport;
 /// How long the data directory may still be held by a process that is ending, and how often that is looked at.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 const LOCK_AGAIN: Duration = Duration::from_millis(50);
-/// How long clients may take to be sent away.
-const CLIENTS_GRACE: Duration = Duration::from_secs(3);
+/// How long clients may take to be sent away: the five seconds over which many are, and what the last one needs.
+const CLIENTS_GRACE: Duration = Duration::from_secs(8);
 /// How long handing over leaderships may take.
 const HAND_OVER_GRACE: Duration = Duration::from_secs(2);
 /// How long everything else may take.

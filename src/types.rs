@@ -6,6 +6,7 @@ mod error;
 mod ids;
 mod leadership;
 mod name;
+mod occupancy;
 mod range;
 mod serial;
 
@@ -13,5 +14,6 @@ pub use error::{ErrorCode, ErrorInfo, Retry};
 pub use ids::{AppId, GroupId, NodeId, ParseIdError, ShardId};
 pub use leadership::Leadership;
 pub use name::{ChannelKey, ChannelName, InvalidChannelName};
-pub use range::Range;
+pub use occupancy::{Counts, Metrics, OccupancyChange};
+pub use range::{Kinds, Range};
 pub use serial::{InvalidSerial, MessageSerial, Serial};

@@ -46,7 +46,8 @@ const ROOMS: &[Room] = &[
     room("archive",   &["channel", "wire", "types", "stdx"]),
     room("transport", &["tasks", "wire", "types", "stdx"]),
     room("raft",      &["storage", "transport", "tasks", "channel", "wire", "types", "stdx"]),
-    room("cluster",   &["raft", "transport", "tasks", "placement", "channel", "wire", "types", "stdx"]),
+    // The registry holds what tokens are revoked: the set with its bounds and its expiry is auth's.
+    room("cluster",   &["raft", "transport", "tasks", "placement", "channel", "auth", "wire", "types", "stdx"]),
     room("broker",    &["cluster", "tasks", "channel", "wire", "types", "stdx"]),
     room("gateway",   &["broker", "tasks", "session", "auth", "wire", "types", "stdx"]),
     room("bridge",    &["broker", "tasks", "wire", "types", "stdx"]),

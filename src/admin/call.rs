@@ -31,7 +31,7 @@ pub enum Error {
 /// # Errors
 /// When there is no answer, or not the answer 200.
 pub async fn get(url: &str, path: &str) -> Result<String, Error> {
-    call(url, "GET", path).await
+    call(url, "GET", path, "").await
 }
 
 /// Sends a command without a body to `path` of the admin listener at `url`.
@@ -39,10 +39,26 @@ pub async fn get(url: &str, path: &str) -> Result<String, Error> {
 /// # Errors
 /// When there is no answer, or not the answer 200.
 pub async fn post(url: &str, path: &str) -> Result<String, Error> {
-    call(url, "POST", path).await
+    call(url, "POST", path, "").await
 }
 
-async fn call(url: &str, method: &str, path: &str) -> Result<String, Error> {
+/// Sends JSON to `path` of the admin listener at `url`.
+///
+/// # Errors
+/// When there is no answer, or neither the answer 200 nor 201.
+pub async fn send(url: &str, path: &str, body: &serde_json::Value) -> Result<String, Error> {
+    call(url, "POST", path, &body.to_string()).await
+}
+
+/// Deletes what is at `path` of the admin listener at `url`.
+///
+/// # Errors
+/// When there is no answer, or not the answer 200.
+pub async fn delete(url: &str, path: &str) -> Result<String, Error> {
+    call(url, "DELETE", path, "").await
+}
+
+async fn call(url: &str, method: &str, path: &str, body: &str) -> Result<String, Error> {
     let authority = url
         .strip_prefix("http://")
         .map(|rest| rest.trim_end_matches('/'));
@@ -53,9 +69,16 @@ async fn call(url: &str, method: &str, path: &str) -> Result<String, Error> {
     };
     let exchange = async {
         let mut stream = TcpStream::connect(authority).await?;
-        let head =
-            format!("{method} {path} HTTP/1.0\r\nHost: {authority}\r\nContent-Length: 0\r\n\r\n");
+        let length = body.len();
+        let kind = match length {
+            0 => "",
+            _ => "Content-Type: application/json\r\n",
+        };
+        let head = format!(
+            "{method} {path} HTTP/1.0\r\nHost: {authority}\r\n{kind}Content-Length: {length}\r\n\r\n"
+        );
         stream.write_all(head.as_bytes()).await?;
+        stream.write_all(body.as_bytes()).await?;
         let mut answer = String::new();
         stream
             .take(ANSWER_BYTES_MAX)
@@ -72,7 +95,7 @@ async fn call(url: &str, method: &str, path: &str) -> Result<String, Error> {
         .nth(1)
         .and_then(|status| status.parse().ok());
     match status {
-        Some(200) => Ok(body.to_owned()),
+        Some(200 | 201) => Ok(body.to_owned()),
         Some(status) => Err(Error::Refused {
             url: url.to_owned(),
             status,

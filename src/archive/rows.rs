@@ -58,7 +58,7 @@ pub(super) fn entry(entry: &Archived) -> Vec<u8> {
     bytes.extend_from_slice(&entry.retention_s.to_be_bytes());
     bytes.extend_from_slice(&entry.bytes.to_be_bytes());
     bytes.extend_from_slice(&entry.count.to_be_bytes());
-    bytes.push(u8::from(entry.ephemeral));
+    bytes.push(u8::from(entry.ephemeral) | u8::from(entry.presence) << 1);
     bytes.extend_from_slice(&entry.key);
     bytes
 }
@@ -71,14 +71,18 @@ pub(super) fn parse_entry(key: &[u8], value: &[u8]) -> Option<Archived> {
     let first = parse_place(key.get(17..)?)?;
     let now = parse_place(&value[..PLACE_BYTES])?;
     let mut reader = Reader(&value[PLACE_BYTES..]);
+    let (stamp_ms, retention_s) = (reader.take()?, reader.take()?);
+    let (bytes, count) = (reader.take()?, reader.take()?);
+    let [flags] = reader.take()?;
     Some(Archived {
         first,
         now,
-        stamp_ms: u64::from_be_bytes(reader.take()?),
-        retention_s: u32::from_be_bytes(reader.take()?),
-        bytes: u32::from_be_bytes(reader.take()?),
-        count: u16::from_be_bytes(reader.take()?),
-        ephemeral: reader.take::<1>()? != [0],
+        stamp_ms: u64::from_be_bytes(stamp_ms),
+        retention_s: u32::from_be_bytes(retention_s),
+        bytes: u32::from_be_bytes(bytes),
+        count: u16::from_be_bytes(count),
+        ephemeral: flags & 1 != 0,
+        presence: flags & 2 != 0,
         key: reader.take()?,
     })
 }

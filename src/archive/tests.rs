@@ -41,6 +41,7 @@ fn entry(n: u64) -> Archived {
         bytes: 300,
         count: 2,
         ephemeral: n.is_multiple_of(2),
+        presence: n.is_multiple_of(3),
         key: digest(n),
     }
 }

@@ -1,8 +1,17 @@
 //! Capabilities: which operations on which channels a credential allows (§3.7.4).
 
+mod pattern;
+
 use std::collections::BTreeMap;
 
+use crate::auth::capability::pattern::Pattern;
 use crate::types::{ChannelName, ErrorCode, ErrorInfo};
+
+/// Longest text of a capability, in bytes.
+const TEXT_BYTES_MAX: usize = 64 * 1024;
+
+/// Resources of one capability. Intersecting two meets every pair.
+const RESOURCES_MAX: usize = 256;
 
 macro_rules! operations {
     ($($name:ident = $text:literal,)*) => {
@@ -50,6 +59,29 @@ impl Operations {
     const fn has(self, operation: Operation) -> bool {
         self.0 & 1 << operation as u32 != 0
     }
+
+    const fn both(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    const fn either(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    const fn is_empty(self) -> bool {
+        self.0 == 0
+    }
+
+    /// In the order of their names; `*` where it is everything there is and will be.
+    fn names(self) -> Vec<&'static str> {
+        if self == Self::EVERY {
+            return vec!["*"];
+        }
+        let held = Operation::ALL.iter().filter(|one| self.has(**one));
+        let mut names: Vec<_> = held.map(|one| one.text()).collect();
+        names.sort_unstable();
+        names
+    }
 }
 
 /// A text that is not a capability.
@@ -65,6 +97,10 @@ pub enum InvalidCapability {
     UnknownOperation(String),
     #[error("capability gives `*` together with other operations on `{0}`")]
     Mixed(String),
+    #[error("capability is longer than {TEXT_BYTES_MAX} bytes")]
+    TooLong,
+    #[error("capability names more than {RESOURCES_MAX} resources")]
+    TooMany,
 }
 
 impl From<InvalidCapability> for ErrorInfo {
@@ -74,8 +110,22 @@ impl From<InvalidCapability> for ErrorInfo {
 }
 
 /// What a credential allows. Nothing is allowed that no resource of it names.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Capability(Vec<(Pattern, Operations)>);
+///
+/// Invariant: 1 to 256 resources, in the order of their texts, each with at least one operation.
+#[derive(Clone, Debug)]
+pub struct Capability {
+    text: String,
+    resources: Vec<(Pattern, Operations)>,
+}
+
+/// Alike when they allow the same by the same resources, however they are written.
+impl PartialEq for Capability {
+    fn eq(&self, other: &Self) -> bool {
+        self.resources == other.resources
+    }
+}
+
+impl Eq for Capability {}
 
 impl Capability {
     /// From JSON: `{"resource": ["operation", ..], ..}`.
@@ -83,37 +133,123 @@ impl Capability {
     /// # Errors
     /// When the text is anything else; a capability is never read as less or more than it says.
     pub fn parse(text: &str) -> Result<Self, InvalidCapability> {
-        let resources: BTreeMap<String, Vec<String>> =
+        if text.len() > TEXT_BYTES_MAX {
+            return Err(InvalidCapability::TooLong);
+        }
+        let named: BTreeMap<String, Vec<String>> =
             serde_json::from_str(text).map_err(|e| InvalidCapability::Form(e.to_string()))?;
-        if resources.is_empty() {
+        if named.is_empty() {
             return Err(InvalidCapability::Empty);
         }
-        let resources = resources.into_iter();
-        resources
+        if named.len() > RESOURCES_MAX {
+            return Err(InvalidCapability::TooMany);
+        }
+        let named = named.into_iter();
+        let resources = named
             .map(|(resource, names)| Ok((Pattern::parse(&resource), operations(resource, &names)?)))
-            .collect::<Result<_, _>>()
-            .map(Self)
+            .collect::<Result<_, _>>()?;
+        let text = text.to_owned();
+        Ok(Self { text, resources })
     }
 
     /// Everything on everything: `{"[*]*":["*"]}`.
     #[must_use]
     pub fn everything() -> Self {
-        Self(vec![(Pattern::parse("[*]*"), Operations::EVERY)])
+        Self::of(vec![(Pattern::parse("[*]*"), Operations::EVERY)])
     }
 
-    /// Whether the operation is allowed on this channel.
+    fn of(resources: Vec<(Pattern, Operations)>) -> Self {
+        let text = canonical(&resources);
+        Self { text, resources }
+    }
+
+    /// As it was written; an intersection in its canonical form.
+    #[must_use]
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The canonical form: resources and the operations of each in the order of their bytes, no white space.
+    #[must_use]
+    pub fn canonical(&self) -> String {
+        canonical(&self.resources)
+    }
+
+    /// The texts of its resources.
+    pub fn resources(&self) -> impl Iterator<Item = &str> {
+        self.resources.iter().map(|(pattern, _)| pattern.text())
+    }
+
+    /// What both allow; `None` where that is nothing.
+    ///
+    /// Every two resources that can cover a channel in common give one that covers exactly those; where several pairs give
+    /// the same, their operations add up. Thus a capability intersected with itself is itself, overlapping resources included.
+    ///
+    /// # Errors
+    /// `TooMany` when the result would have more resources than a capability may have.
+    pub fn intersect(&self, other: &Self) -> Result<Option<Self>, InvalidCapability> {
+        let mut common: BTreeMap<String, (Pattern, Operations)> = BTreeMap::new();
+        for (ours, granted) in &self.resources {
+            for (theirs, asked) in &other.resources {
+                let operations = granted.both(*asked);
+                if operations.is_empty() {
+                    continue;
+                }
+                let Some(meet) = ours.meet(theirs) else {
+                    continue;
+                };
+                let key = meet.text().to_owned();
+                let known = common.entry(key).or_insert((meet, operations));
+                known.1 = known.1.either(operations);
+                if common.len() > RESOURCES_MAX {
+                    return Err(InvalidCapability::TooMany);
+                }
+            }
+        }
+        let resources: Vec<_> = common.into_values().collect();
+        Ok((!resources.is_empty()).then(|| Self::of(resources)))
+    }
+
+    /// Whether the operation is allowed on this channel. Metachannels are only read.
     #[must_use]
     pub fn allows(&self, operation: Operation, channel: &ChannelName) -> bool {
-        let mut granting = self.0.iter().filter(|(_, granted)| granted.has(operation));
-        granting.any(|(pattern, _)| pattern.matches(channel.as_str()))
+        if let Some(name) = channel.metachannel() {
+            let is_read = matches!(
+                operation,
+                Operation::Subscribe | Operation::History | Operation::ChannelMetadata
+            );
+            return is_read && self.allows_qualified(operation, "meta", name);
+        }
+        self.granting(operation)
+            .any(|pattern| pattern.matches(None, channel.as_str()))
+    }
+
+    /// Whether the operation is allowed on `[qualifier]name`, such as a metachannel: no resource for ordinary channels
+    /// allows that.
+    #[must_use]
+    pub fn allows_qualified(&self, operation: Operation, qualifier: &str, name: &str) -> bool {
+        self.granting(operation)
+            .any(|pattern| pattern.matches(Some(qualifier), name))
     }
 
     /// Whether the operation is allowed on the app as a whole: on the resource `*` or `[*]*`.
     #[must_use]
     pub fn allows_app_wide(&self, operation: Operation) -> bool {
-        let mut granting = self.0.iter().filter(|(_, granted)| granted.has(operation));
-        granting.any(|(pattern, _)| pattern.is_every_channel())
+        self.granting(operation).any(Pattern::is_every_channel)
     }
+
+    fn granting(&self, operation: Operation) -> impl Iterator<Item = &Pattern> {
+        let granting = self.resources.iter();
+        let granting = granting.filter(move |(_, granted)| granted.has(operation));
+        granting.map(|(pattern, _)| pattern)
+    }
+}
+
+fn canonical(resources: &[(Pattern, Operations)]) -> String {
+    let named = resources.iter();
+    let named = named.map(|(pattern, granted)| (pattern.text(), granted.names()));
+    let named: BTreeMap<&str, Vec<&str>> = named.collect();
+    serde_json::to_string(&named).expect("a map of texts is JSON")
 }
 
 fn operations(resource: String, names: &[String]) -> Result<Operations, InvalidCapability> {
@@ -134,56 +270,10 @@ fn operations(resource: String, names: &[String]) -> Result<Operations, InvalidC
     })
 }
 
-/// A resource of a capability.
-///
-/// Segments are split by `:`. `*` stands for one whole segment, as the last one for one or more; anywhere
-/// else it is a plain character. A qualifier `[meta]` or `[queue]` keeps a resource from ordinary channels; `[*]` is
-/// any qualifier or none.
-#[derive(Clone, Debug, PartialEq, Eq)]
-struct Pattern {
-    ordinary: bool,
-    segments: Vec<String>,
-}
-
-impl Pattern {
-    fn parse(resource: &str) -> Self {
-        let (ordinary, path) = match resource.strip_prefix("[*]") {
-            Some(path) => (true, path),
-            None => (!resource.starts_with('['), resource),
-        };
-        let segments = path.split(':').map(str::to_owned).collect();
-        Self { ordinary, segments }
-    }
-
-    fn is_every_channel(&self) -> bool {
-        self.ordinary && self.segments == ["*"]
-    }
-
-    /// One pass over both: a `*` stands for exactly one segment, except the last, so nothing needs retrying.
-    fn matches(&self, name: &str) -> bool {
-        if !self.ordinary {
-            return false;
-        }
-        let mut names = name.split(':');
-        for (place, segment) in self.segments.iter().enumerate() {
-            let Some(name) = names.next() else {
-                return false;
-            };
-            if segment == "*" {
-                if place + 1 == self.segments.len() {
-                    return true;
-                }
-            } else if segment != name {
-                return false;
-            }
-        }
-        names.next().is_none()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn allows(capability: &str, operation: Operation, channel: &str) -> bool {
         let capability = Capability::parse(capability).unwrap();
@@ -262,6 +352,202 @@ mod tests {
             r#"{"a":["Publish"]}"#,
         ] {
             assert!(Capability::parse(bad).is_err(), "{bad}");
+        }
+    }
+
+    /// What the key allows, what is asked for, and what comes out: by what client libraries' tests expect of the app they
+    /// set up. `None`: nothing in common.
+    const INTERSECTIONS: &[(&str, &str, Option<&str>)] = &[
+        (MIXED, MIXED, Some(MIXED)),
+        (MIXED, r#"{"canpublish:test":["subscribe"]}"#, None),
+        (PLAIN, r#"{"channelx":["publish"]}"#, None),
+        (
+            PLAIN,
+            r#"{"channel2":["presence","subscribe"]}"#,
+            Some(r#"{"channel2":["subscribe"]}"#),
+        ),
+        (
+            PLAIN,
+            r#"{"channel2":["presence","subscribe"],"channelx":["presence","subscribe"]}"#,
+            Some(r#"{"channel2":["subscribe"]}"#),
+        ),
+        (
+            PLAIN,
+            r#"{"channel2":["*"]}"#,
+            Some(r#"{"channel2":["publish","subscribe"]}"#),
+        ),
+        (
+            PLAIN,
+            r#"{"channel6":["publish","subscribe"]}"#,
+            Some(r#"{"channel6":["publish","subscribe"]}"#),
+        ),
+        (
+            r#"{"*":["subscribe"]}"#,
+            r#"{"cansubscribe":["subscribe"]}"#,
+            Some(r#"{"cansubscribe":["subscribe"]}"#),
+        ),
+        (
+            MIXED,
+            r#"{"canpublish:check":["publish"]}"#,
+            Some(r#"{"canpublish:check":["publish"]}"#),
+        ),
+        (
+            r#"{"*":["subscribe"]}"#,
+            r#"{"cansubscribe:*":["subscribe"]}"#,
+            Some(r#"{"cansubscribe:*":["subscribe"]}"#),
+        ),
+        (
+            r#"{"[*]*":["*"]}"#,
+            r#"{"*":["*"]}"#,
+            Some(r#"{"*":["*"]}"#),
+        ),
+        (
+            r#"{"*":["*"]}"#,
+            r#"{"[*]*":["*"]}"#,
+            Some(r#"{"*":["*"]}"#),
+        ),
+        (r#"{"*":["*"]}"#, r#"{"[meta]*":["subscribe"]}"#, None),
+        (r#"{"*":["*"]}"#, r#"{"[*][meta]*":["subscribe"]}"#, None),
+        (
+            r#"{"a:*":["publish"]}"#,
+            r#"{"*:b":["publish"]}"#,
+            Some(r#"{"a:b":["publish"]}"#),
+        ),
+    ];
+    const MIXED: &str = r#"{"canpublish:*":["publish"],"canpublish:andpresence":["presence","publish"],"cansubscribe:*":["subscribe"],"pushenabled:*":["publish","push-subscribe","subscribe"],"pushenabled:admin:*":["publish","push-admin","subscribe"]}"#;
+    const PLAIN: &str = r#"{"channel0":["publish"],"channel1":["publish"],"channel2":["publish","subscribe"],"channel3":["subscribe"],"channel4":["presence","publish","subscribe"],"channel5":["presence"],"channel6":["*"]}"#;
+
+    #[test]
+    fn a_token_gets_what_it_asks_for_and_its_key_has() {
+        for (key, asked, expected) in INTERSECTIONS {
+            let (key, asked) = (
+                Capability::parse(key).unwrap(),
+                Capability::parse(asked).unwrap(),
+            );
+            for (a, b) in [(&key, &asked), (&asked, &key)] {
+                let common = a.intersect(b).unwrap();
+                assert_eq!(common.as_ref().map(Capability::text), *expected);
+            }
+        }
+    }
+
+    #[test]
+    fn a_capability_is_shown_as_it_was_written_and_has_one_canonical_form() {
+        let written = r#"{ "b":["subscribe", "publish"], "a":["*"] }"#;
+        let capability = Capability::parse(written).unwrap();
+        assert_eq!(capability.text(), written);
+        let canonical = r#"{"a":["*"],"b":["publish","subscribe"]}"#;
+        assert_eq!(capability.canonical(), canonical);
+        assert_eq!(Capability::parse(canonical).unwrap(), capability);
+        assert_eq!(capability.resources().collect::<Vec<_>>(), ["a", "b"]);
+    }
+
+    #[test]
+    fn qualified_names_need_a_qualified_resource() {
+        let allows = |resource: &str, qualifier, name| {
+            let capability = format!(r#"{{"{resource}":["subscribe"]}}"#);
+            let capability = Capability::parse(&capability).unwrap();
+            capability.allows_qualified(Operation::Subscribe, qualifier, name)
+        };
+        assert!(allows("[meta]*", "meta", "log"));
+        let lifecycle = ChannelName::channel_lifecycle();
+        for (text, subscribe) in [
+            (r#"{"*":["*"]}"#, false),
+            (r#"{"[meta]*":["subscribe"]}"#, true),
+            (r#"{"[meta]channel.lifecycle":["*"]}"#, true),
+            (r#"{"[*]*":["*"]}"#, true),
+        ] {
+            let capability = Capability::parse(text).unwrap();
+            assert_eq!(
+                capability.allows(Operation::Subscribe, &lifecycle),
+                subscribe,
+                "{text}"
+            );
+            assert!(!capability.allows(Operation::Publish, &lifecycle), "{text}");
+            assert!(
+                !capability.allows(Operation::Presence, &lifecycle),
+                "{text}"
+            );
+        }
+        assert!(allows("[*]*", "meta", "log"));
+        assert!(allows("[meta]log:*", "meta", "log:a"));
+        assert!(!allows("[meta]log:*", "meta", "other:a"));
+        assert!(!allows("*", "meta", "log"));
+        assert!(!allows("[queue]*", "meta", "log"));
+        assert!(!allows("[meta", "meta", ""), "no qualifier, no resource");
+    }
+
+    #[test]
+    fn a_capability_is_bounded() {
+        let of = |n: usize| {
+            let named: Vec<String> = (0..n).map(|i| format!(r#""c{i}":["publish"]"#)).collect();
+            Capability::parse(&format!("{{{}}}", named.join(",")))
+        };
+        assert!(of(256).is_ok());
+        assert_eq!(of(257), Err(InvalidCapability::TooMany));
+        let long = format!(r#"{{"{}":["publish"]}}"#, "x".repeat(TEXT_BYTES_MAX));
+        assert_eq!(Capability::parse(&long), Err(InvalidCapability::TooLong));
+        let across = |form: &dyn Fn(usize) -> String| {
+            let named: Vec<String> = (0..20)
+                .map(|i| format!(r#""{}":["publish"]"#, form(i)))
+                .collect();
+            Capability::parse(&format!("{{{}}}", named.join(","))).unwrap()
+        };
+        let (a, b) = (
+            across(&|i| format!("a{i}:*")),
+            across(&|i| format!("*:b{i}")),
+        );
+        assert_eq!(a.intersect(&b), Err(InvalidCapability::TooMany));
+    }
+
+    fn resource() -> impl Strategy<Value = String> {
+        let segment = prop_oneof![Just("*"), Just("a"), Just("b"), Just("")];
+        let qualifier = prop_oneof![3 => Just(""), 1 => Just("[*]"), 1 => Just("[meta]")];
+        (qualifier, prop::collection::vec(segment, 1..4))
+            .prop_map(|(qualifier, segments)| format!("{qualifier}{}", segments.join(":")))
+    }
+
+    fn capability() -> impl Strategy<Value = Capability> {
+        let operations = prop::sample::subsequence(vec!["publish", "subscribe", "history"], 1..=3);
+        let operations = prop_oneof![Just(vec!["*"]), operations];
+        prop::collection::btree_map(resource(), operations, 1..4).prop_map(|named| {
+            let text = serde_json::to_string(&named).unwrap();
+            Capability::parse(&text).unwrap()
+        })
+    }
+
+    proptest! {
+        /// The intersection allows exactly what both allow: never more, never less.
+        #[test]
+        fn an_intersection_allows_what_both_allow(
+            a in capability(), b in capability(),
+            name in prop::collection::vec(prop_oneof![Just("a"), Just("b"), Just(""), Just("*")], 1..5),
+        ) {
+            let name = name.join(":");
+            let common = a.intersect(&b).unwrap();
+            for operation in Operation::ALL {
+                let both = |of: &dyn Fn(&Capability) -> bool| of(&a) && of(&b);
+                let by = |of: &dyn Fn(&Capability) -> bool| common.as_ref().is_some_and(of);
+                let meta = |c: &Capability| c.allows_qualified(*operation, "meta", &name);
+                prop_assert_eq!(by(&meta), both(&meta));
+                if let Ok(channel) = ChannelName::parse(&name) {
+                    let plain = |c: &Capability| c.allows(*operation, &channel);
+                    prop_assert_eq!(by(&plain), both(&plain));
+                }
+            }
+        }
+
+        #[test]
+        fn canonical_text_says_the_same(a in capability()) {
+            prop_assert_eq!(&Capability::parse(&a.canonical()).unwrap(), &a);
+            let both = a.intersect(&a).unwrap().unwrap();
+            prop_assert!(a.resources().all(|ours| both.resources().any(|kept| kept == ours)));
+        }
+
+        #[test]
+        fn any_text_is_read_or_refused(text in "\\PC*") {
+            let _ = Capability::parse(&text);
+            let _ = Pattern::parse(&text).meet(&Pattern::parse("[*]*"));
         }
     }
 }

@@ -4,8 +4,6 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use ring::hmac;
 
 use crate::auth::Capability;
@@ -33,10 +31,15 @@ impl Secret {
     }
 
     /// Takes as long whatever differs, lengths included: compares MACs instead of the texts.
-    fn equals(&self, other: &Self) -> bool {
+    pub(super) fn equals(&self, other: &Self) -> bool {
         let key = hmac::Key::new(hmac::HMAC_SHA256, b"firth secret comparison");
         let tag = hmac::sign(&key, self.0.as_bytes());
         hmac::verify(&key, other.0.as_bytes(), tag.as_ref()).is_ok()
+    }
+
+    /// What signs in this secret's name.
+    pub(super) fn signer(&self) -> hmac::Key {
+        hmac::Key::new(hmac::HMAC_SHA256, self.0.as_bytes())
     }
 }
 
@@ -44,6 +47,38 @@ impl fmt::Debug for Secret {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Secret(..)")
     }
+}
+
+/// Which key: `app.key`, without its secret.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KeyName {
+    pub app: AppId,
+    pub key_id: String,
+}
+
+impl KeyName {
+    /// From `app.key`; `None` when the text has not that form.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let (app, key_id) = text.split_once('.')?;
+        Some(Self {
+            app: app.parse().ok().filter(|_| is_key_id(key_id))?,
+            key_id: key_id.to_owned(),
+        })
+    }
+}
+
+impl fmt::Display for KeyName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.app, self.key_id)
+    }
+}
+
+/// Whether a text can be the id of a key: 3 to 64 ASCII letters, digits, `-` or `_`.
+#[must_use]
+pub fn is_key_id(text: &str) -> bool {
+    let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
+    KEY_ID_BYTES.contains(&text.len()) && text.bytes().all(legal)
 }
 
 /// A key that a client presents, not yet believed.
@@ -62,52 +97,15 @@ impl Credential {
     pub fn parse(text: &str) -> Result<Self, ErrorInfo> {
         let malformed = || refused("key is not of the form `app.key:secret`");
         let (name, secret) = text.split_once(':').ok_or_else(malformed)?;
-        let (app, key_id) = name.split_once('.').ok_or_else(malformed)?;
-        let legal = |b: u8| b.is_ascii_alphanumeric() || b == b'-' || b == b'_';
-        let is_key_id = KEY_ID_BYTES.contains(&key_id.len()) && key_id.bytes().all(legal);
-        if !is_key_id || secret.is_empty() || secret.len() > SECRET_BYTES_MAX {
+        let KeyName { app, key_id } = KeyName::parse(name).ok_or_else(malformed)?;
+        if secret.is_empty() || secret.len() > SECRET_BYTES_MAX {
             return Err(malformed());
         }
         Ok(Self {
-            app: app.parse().map_err(|_| malformed())?,
-            key_id: key_id.to_owned(),
+            app,
+            key_id,
             secret: Secret::new(secret),
         })
-    }
-
-    /// From the value of an `Authorization` header.
-    ///
-    /// # Errors
-    /// `InvalidCredentials` when it is not `Basic` with base64 of a key. Tokens (`Bearer`) are refused in so many
-    /// words, with a code that does not send client libraries for another token.
-    pub fn from_header(value: &str) -> Result<Self, ErrorInfo> {
-        let (scheme, rest) = value.trim().split_once(' ').unwrap_or((value, ""));
-        if scheme.eq_ignore_ascii_case("bearer") {
-            return Err(tokens_unsupported());
-        }
-        if !scheme.eq_ignore_ascii_case("basic") {
-            return Err(refused("Authorization header is not `Basic`"));
-        }
-        let key = STANDARD.decode(rest.trim()).ok();
-        let key = key.and_then(|bytes| String::from_utf8(bytes).ok());
-        Self::parse(&key.ok_or_else(|| refused("Authorization header is not base64 of a key"))?)
-    }
-
-    /// From whatever a request brought: its header, or `key`, or a token in its query.
-    ///
-    /// # Errors
-    /// `InvalidCredentials` when there is none, or the first of these is not a key.
-    pub fn from_request(
-        header: Option<&str>,
-        key: Option<&str>,
-        token: Option<&str>,
-    ) -> Result<Self, ErrorInfo> {
-        match (header, key, token) {
-            (Some(header), _, _) => Self::from_header(header),
-            (None, Some(key), _) => Self::parse(key),
-            (None, None, Some(_)) => Err(tokens_unsupported()),
-            (None, None, None) => Err(refused("no credential was given")),
-        }
     }
 }
 
@@ -118,24 +116,42 @@ pub struct Key {
     pub id: String,
     pub secret: Secret,
     pub capability: Arc<Capability>,
+    /// Tokens of this key can be revoked, and live an hour at most for that.
+    pub revocable_tokens: bool,
+}
+
+impl Key {
+    /// `app.key`.
+    #[must_use]
+    pub fn name(&self) -> KeyName {
+        KeyName {
+            app: self.app.clone(),
+            key_id: self.id.clone(),
+        }
+    }
+}
+
+/// The keys of one app, by id.
+#[derive(Clone, Debug, Default)]
+pub struct AppKeys(BTreeMap<String, Key>);
+
+impl FromIterator<Key> for AppKeys {
+    /// Of two keys with one id the later one counts.
+    fn from_iter<I: IntoIterator<Item = Key>>(keys: I) -> Self {
+        Self(keys.into_iter().map(|key| (key.id.clone(), key)).collect())
+    }
 }
 
 /// Every app of the cluster with its keys.
 #[derive(Clone, Debug, Default)]
-pub struct Keyring(BTreeMap<AppId, BTreeMap<String, Key>>);
+pub struct Keyring(BTreeMap<AppId, Arc<AppKeys>>);
 
 impl Keyring {
-    /// An app is known from here on, with or without keys.
-    pub fn add_app(&mut self, app: AppId) {
-        self.0.entry(app).or_default();
-    }
-
-    /// Adds the key, or replaces the one with its id.
-    pub fn add_key(&mut self, key: Key) {
-        self.0
-            .entry(key.app.clone())
-            .or_default()
-            .insert(key.id.clone(), key);
+    /// Adds an app, which is known from here on, with or without keys; or replaces the one with this id. The keys are of
+    /// this app.
+    pub fn put(&mut self, app: AppId, keys: Arc<AppKeys>) {
+        debug_assert!(keys.0.values().all(|key| key.app == app));
+        self.0.insert(app, keys);
     }
 
     /// The key that the credential proves.
@@ -143,33 +159,27 @@ impl Keyring {
     /// # Errors
     /// `NotFound` for an app that does not exist; `InvalidCredentials` alike for an unknown key and a
     /// wrong secret, so that nobody learns which keys exist.
-    pub fn authenticate(&self, credential: &Credential) -> Result<&Key, ErrorInfo> {
-        let keys = self.0.get(&credential.app).ok_or_else(|| {
-            ErrorInfo::new(ErrorCode::NotFound, format!("no app `{}`", credential.app))
-        })?;
+    pub(super) fn prove(&self, credential: &Credential) -> Result<&Key, ErrorInfo> {
         let wrong = || refused("no such key, or its secret is another");
-        let key = keys.get(&credential.key_id).ok_or_else(wrong)?;
-        key.secret
-            .equals(&credential.secret)
-            .then_some(key)
+        let key = self.key(&credential.app, &credential.key_id)?;
+        key.filter(|key| key.secret.equals(&credential.secret))
             .ok_or_else(wrong)
     }
-}
 
-impl FromIterator<Key> for Keyring {
-    fn from_iter<I: IntoIterator<Item = Key>>(keys: I) -> Self {
-        let mut ring = Self::default();
-        keys.into_iter().for_each(|key| ring.add_key(key));
-        ring
+    /// The key with this id; `None` where the app has none.
+    ///
+    /// # Errors
+    /// `NotFound` for an app that does not exist.
+    pub(super) fn key(&self, app: &AppId, key_id: &str) -> Result<Option<&Key>, ErrorInfo> {
+        let keys = self.0.get(app);
+        let keys =
+            keys.ok_or_else(|| ErrorInfo::new(ErrorCode::NotFound, format!("no app `{app}`")))?;
+        Ok(keys.0.get(key_id))
     }
 }
 
-fn refused(what: &str) -> ErrorInfo {
+pub(super) fn refused(what: &str) -> ErrorInfo {
     ErrorInfo::new(ErrorCode::InvalidCredentials, what)
-}
-
-fn tokens_unsupported() -> ErrorInfo {
-    refused("tokens are not supported by this server yet; use a key")
 }
 
 #[cfg(test)]
@@ -177,23 +187,29 @@ mod tests {
     use super::*;
 
     fn keyring() -> Keyring {
-        let key = |app: &str, secret: &str| Key {
-            app: app.parse().unwrap(),
-            id: "key".into(),
-            secret: Secret::new(secret),
-            capability: Arc::new(Capability::everything()),
-        };
-        let mut ring: Keyring = [key("app", "s:e.cret"), key("other", "x")]
-            .into_iter()
-            .collect();
-        ring.add_app("bare".parse().unwrap());
+        let mut ring = Keyring::default();
+        for (app, secret) in [
+            ("app", Some("s:e.cret")),
+            ("other", Some("x")),
+            ("bare", None),
+        ] {
+            let app: AppId = app.parse().unwrap();
+            let key = secret.map(|secret| Key {
+                app: app.clone(),
+                id: "key".into(),
+                secret: Secret::new(secret),
+                capability: Arc::new(Capability::everything()),
+                revocable_tokens: false,
+            });
+            ring.put(app, Arc::new(key.into_iter().collect()));
+        }
         ring
     }
 
     fn code(text: &str) -> Result<AppId, ErrorCode> {
         let credential = Credential::parse(text).map_err(|e| e.code)?;
         let ring = keyring();
-        ring.authenticate(&credential)
+        ring.prove(&credential)
             .map(|key| key.app.clone())
             .map_err(|e| e.code)
     }
@@ -230,43 +246,12 @@ mod tests {
     }
 
     #[test]
-    fn headers_carry_keys_and_no_tokens_yet() {
-        let parsed = Credential::from_header("Basic YXBwLmtleTpzZWNyZXQ=").unwrap();
-        assert_eq!(
-            (parsed.app.as_str(), &*parsed.key_id, parsed.secret.expose()),
-            ("app", "key", "secret")
-        );
-        assert!(Credential::from_header("basic  YXBwLmtleTpzZWNyZXQ= ").is_ok());
-        for bad in [
-            "",
-            "Basic",
-            "Basic !",
-            "Basic /w==",
-            "Digest x",
-            "Bearer x",
-            "bearer",
-        ] {
-            assert_eq!(
-                Credential::from_header(bad).unwrap_err().code,
-                ErrorCode::InvalidCredentials,
-                "{bad}"
-            );
-        }
-        let token = Credential::from_request(None, None, Some("t")).unwrap_err();
-        assert_eq!(
-            (token.code.code(), token.message.contains("tokens")),
-            (40101, true)
-        );
-        assert!(Credential::from_request(None, None, None).is_err());
-        assert!(Credential::from_request(None, Some("app.key:s"), Some("t")).is_ok());
-        assert!(Credential::from_request(Some("Bearer t"), Some("app.key:s"), None).is_err());
-    }
-
-    #[test]
     fn secrets_are_never_shown() {
         let credential = Credential::parse("app.key:hidden").unwrap();
         assert!(!format!("{credential:?}").contains("hidden"));
-        let error = keyring().authenticate(&credential).unwrap_err();
-        assert!(!format!("{error:?}").contains("hidden"));
+        let error = keyring().prove(&credential).unwrap_err();
+        assert!(!format!("{error:?} {error}").contains("hidden"));
+        let ring = keyring();
+        assert!(!format!("{ring:?}").contains("s:e.cret"));
     }
 }

@@ -105,6 +105,8 @@ impl Upstream for Below {
             count: publish.count,
             body: publish.body,
             source,
+            presence: None,
+            ephemeral: false,
         });
         Box::pin(async move {
             match published.outcome().await {
@@ -118,7 +120,12 @@ impl Upstream for Below {
                 }
                 Ok((serial, true)) => Ok(Outcome::Duplicate(serial)),
                 Err(broker::PublishError::Fenced) => Err(PublishError::Fenced),
-                Err(broker::PublishError::Busy(_) | broker::PublishError::Gap) => {
+                Err(
+                    broker::PublishError::Busy(_)
+                    | broker::PublishError::Gap
+                    // Messages are never too many members.
+                    | broker::PublishError::Full,
+                ) => {
                     Err(PublishError::Busy)
                 }
                 Err(broker::PublishError::Indeterminate(info)) => {

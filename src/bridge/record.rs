@@ -116,6 +116,8 @@ pub(super) fn import(record: &Incoming, cluster_id: &str) -> Import {
         encoding: header(ENCODING),
         client_id: header(CLIENT_ID),
         extras,
+        presence_action: 0,
+        connection_id: None,
     };
     let body = entry::Body {
         version: entry::VERSION,

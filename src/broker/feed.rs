@@ -46,23 +46,37 @@ impl Record {
         RECORD_BYTES + 4 * self.publish.body.len()
     }
 
-    /// The MESSAGE frame in this format. Empty when the stored body cannot be read: then it is logged, and there is
+    /// Whether it holds presence events, not messages.
+    #[must_use]
+    pub const fn is_presence(&self) -> bool {
+        self.at.presence
+    }
+
+    /// The MESSAGE frame in this format, or the PRESENCE frame. Empty when the stored body cannot be read: then it is logged, and there is
     /// nothing that could be sent.
     pub fn frame(&self, format: Format) -> &Bytes {
         let frame = match format {
             Format::Json => &self.json,
             Format::MsgPack => &self.msgpack,
         };
-        frame.get_or_init(|| {
-            let (serial, stamp_ms) = (self.at.serial, self.at.stamp_ms);
-            match body::record_frame(&self.publish.channel, serial, &self.publish, stamp_ms) {
-                Ok(frame) => ably::encode(format, &frame),
-                Err(err) => {
-                    tracing::error!(%serial, error = %err, "a stored body cannot be read");
-                    Bytes::new()
-                }
+        frame.get_or_init(|| self.frame_as(&self.publish.channel, format))
+    }
+
+    /// The same for a client that knows the channel by this name. Not kept.
+    #[must_use]
+    pub fn frame_as(&self, name: &str, format: Format) -> Bytes {
+        let (serial, stamp_ms) = (self.at.serial, self.at.stamp_ms);
+        let frame = match self.is_presence() {
+            true => body::presence_frame,
+            false => body::record_frame,
+        };
+        match frame(name, serial, &self.publish, stamp_ms) {
+            Ok(frame) => ably::encode(format, &frame),
+            Err(err) => {
+                tracing::error!(%serial, error = %err, "a stored body cannot be read");
+                Bytes::new()
             }
-        })
+        }
     }
 }
 
@@ -248,6 +262,7 @@ mod tests {
             predecessor: predecessor.map(at),
             stamp_ms: 0,
             count: 1,
+            presence: false,
         };
         let publish = entry::Publish {
             body: vec![0; bytes].into(),

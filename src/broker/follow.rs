@@ -6,9 +6,11 @@ use std::sync::{Arc, Mutex};
 use tokio::sync::Notify;
 
 use crate::broker::feed::{Feed, Hub, Record};
-use crate::channel::ReadError;
+use crate::channel::{Member, ReadError, Shard};
 use crate::cluster::Cluster;
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Serial};
+use crate::wire::ably::PresenceMessage;
+use crate::wire::body;
 
 /// Collects which of a connection's followers have something to poll for. Bounded by their number.
 #[derive(Debug, Default)]
@@ -68,11 +70,45 @@ impl Follow {
     }
 }
 
+/// Where a follower begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum From {
+    #[default]
+    Present,
+    /// From after this serial; from the present where what follows it is gone.
+    After(Serial),
+    /// So many messages back from the present, and not further than so many milliseconds.
+    Rewind {
+        count: usize,
+        within_ms: Option<u64>,
+    },
+}
+
+/// How a follower is to begin.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Start {
+    pub from: From,
+    /// Whether the channel's members are wanted.
+    pub members: bool,
+}
+
+/// A follower that began.
+#[derive(Debug)]
+pub struct Started {
+    pub follower: Follower,
+    pub continuity: Continuity,
+    /// The channel's members, in the order of client id and connection id, where they were wanted: as of the moment in
+    /// which the follower began. Everything that changes them later comes through it.
+    pub members: Vec<PresenceMessage>,
+    /// That moment: what the members are shows every presence record up to it.
+    pub as_of: Serial,
+}
+
 /// How a follower began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Continuity {
-    /// From the present, as asked.
-    Fresh,
+    /// From the present, as asked; with `backlog` a rewind found something.
+    Fresh { backlog: bool },
     /// From where the reader was; with `backlog` there are records to catch up on.
     Resumed { backlog: bool },
     /// What follows the reader's serial is no longer retained: from the present.
@@ -109,6 +145,8 @@ pub struct Follower {
     cursor: Serial,
     /// The feed's tail reaches back to the cursor, so far as is known.
     live: bool,
+    /// Of what a rewind shows, up to here, ephemeral messages are no part.
+    rewound_to: Option<Serial>,
 }
 
 impl Follower {
@@ -116,29 +154,22 @@ impl Follower {
         cluster: Cluster,
         hub: &Arc<Hub>,
         key: ChannelKey,
-        from: Option<Serial>,
+        start: Start,
         waker: Arc<Waker>,
         slot: u32,
-    ) -> (Self, Continuity) {
+    ) -> Started {
         let follow = Arc::new(Follow::new(waker, slot));
         // Joined before the state is read: what is applied in between is found in both and handed out once.
         let feed = hub.join(&key, follow.clone());
-        let (cursor, continuity) = {
+        let now_ms = cluster.now_ms();
+        let (cursor, continuity, members, as_of) = {
             let state = cluster.state(cluster.shard_of(&key));
-            match from.map(|from| (from, state.after(&key, from, 1))) {
-                None => (state.now(), Continuity::Fresh),
-                Some((from, Ok(next))) => {
-                    let backlog = !next.is_empty();
-                    (from, Continuity::Resumed { backlog })
-                }
-                // Whether something is gone shows when the records are all there.
-                Some((from, Err(ReadError::Rebuilding))) => {
-                    (from, Continuity::Resumed { backlog: true })
-                }
-                Some((_, Err(ReadError::Behind(_) | ReadError::Archive(_)))) => {
-                    (state.now(), Continuity::Lost)
-                }
-            }
+            let (cursor, continuity) = begin(&state, &key, start.from, now_ms);
+            let members = match start.members {
+                true => state.members(&key),
+                false => Vec::new(),
+            };
+            (cursor, continuity, members, state.now())
         };
         let follower = Self {
             cluster,
@@ -147,12 +178,18 @@ impl Follower {
             feed,
             follow,
             cursor,
-            live: from.is_none(),
+            live: continuity == Continuity::Fresh { backlog: false },
+            rewound_to: matches!(start.from, From::Rewind { .. }).then_some(as_of),
         };
         if !follower.live {
             follower.follow.wake();
         }
-        (follower, continuity)
+        Started {
+            follower,
+            continuity,
+            members: listed(members),
+            as_of,
+        }
     }
 
     /// Where the follower stands.
@@ -190,7 +227,13 @@ impl Follower {
             self.cursor = last.at.serial;
         }
         let more = records.len() == limit;
-        Polled { records, more }
+        let mut polled = Polled { records, more };
+        if let Some(end) = self.rewound_to {
+            let is_past = |record: &Record| record.publish.ephemeral && record.at.serial <= end;
+            polled.records.retain(|record| !is_past(record));
+            self.rewound_to = (self.cursor < end).then_some(end);
+        }
+        polled
     }
 
     /// `None` while the state is being rebuilt: every follower is woken when it is there.
@@ -226,6 +269,49 @@ impl Follower {
             error: ErrorInfo::new(ErrorCode::ContinuityLost, why.to_string()),
         }
     }
+}
+
+/// Where a follower of the channel begins, and how that went.
+fn begin(state: &Shard, key: &ChannelKey, from: From, now_ms: u64) -> (Serial, Continuity) {
+    match from {
+        From::Present => (state.now(), Continuity::Fresh { backlog: false }),
+        From::After(from) => match state.after(key, from, 1) {
+            Ok(next) => {
+                let backlog = !next.is_empty();
+                (from, Continuity::Resumed { backlog })
+            }
+            // Whether something is gone shows when the records are all there.
+            Err(ReadError::Rebuilding) => (from, Continuity::Resumed { backlog: true }),
+            Err(ReadError::Behind(_) | ReadError::Archive(_)) => (state.now(), Continuity::Lost),
+        },
+        From::Rewind { count, within_ms } => {
+            let since_ms = within_ms.map_or(0, |within_ms| now_ms.saturating_sub(within_ms));
+            let found = state.rewind(key, count, since_ms).unwrap_or_else(|err| {
+                // While records come back, or where they cannot be read, there is nothing to show of the past.
+                tracing::debug!(channel = %key, error = %err, "nothing to rewind to");
+                None
+            });
+            let backlog = found.is_some();
+            let cursor = found.unwrap_or_else(|| state.now());
+            (cursor, Continuity::Fresh { backlog })
+        }
+    }
+}
+
+/// Members as clients see them. One whose event cannot be read is logged and left out.
+pub(super) fn listed(members: Vec<Member>) -> Vec<PresenceMessage> {
+    let show = |member: Member| {
+        let (id, connection_id) = (&member.id, member.connection_id.clone());
+        let (offset, stamp_ms) = (member.offset, member.stamp_ms);
+        body::member(&member.event, id, offset, connection_id, stamp_ms).map_err(|err| {
+            let serial = member.serial;
+            tracing::error!(%serial, error = %err, "a member's last event cannot be read");
+        })
+    };
+    members
+        .into_iter()
+        .filter_map(|member| show(member).ok())
+        .collect()
 }
 
 impl Drop for Follower {

@@ -2,12 +2,12 @@
 
 use bytes::Bytes;
 
-use crate::channel::Outcome;
+use crate::channel::{Attendant, Outcome};
 use crate::cluster::{SubmitError, Submitted};
 use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Serial};
 use crate::wire::{control, entry};
 
-/// Messages to store as one record.
+/// Messages, or presence events, to store as one record.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Publish {
     pub key: ChannelKey,
@@ -15,12 +15,17 @@ pub struct Publish {
     pub id: String,
     /// Empty where no connection publishes.
     pub connection_id: String,
-    /// Messages in `body`.
+    /// Messages in `body`, or presence events.
     pub count: u32,
     /// An encoded [`entry::Body`].
     pub body: Bytes,
     /// Where in Kafka it was read.
     pub source: Option<entry::Source>,
+    /// Set when `body` holds presence events: what they change. Who attends the connection is filled in here: this
+    /// process.
+    pub presence: Option<entry::Presence>,
+    /// Delivered, but no part of history, whatever the channel's rule.
+    pub ephemeral: bool,
 }
 
 /// Why a publish has no serial.
@@ -38,12 +43,16 @@ pub enum PublishError {
     /// Read from Kafka, and the record before it is not stored. Nothing was stored.
     #[error("the record before it is not stored")]
     Gap,
+    /// More members than the channel may have. Nothing was stored.
+    #[error("the channel has as many presence members as it may have")]
+    Full,
 }
 
 impl From<PublishError> for ErrorInfo {
     fn from(err: PublishError) -> Self {
         match err {
             PublishError::Busy(info) | PublishError::Indeterminate(info) => info,
+            PublishError::Full => Self::new(ErrorCode::TooManyMembers, err.to_string()),
             PublishError::Fenced | PublishError::Gap => {
                 Self::new(ErrorCode::Internal, err.to_string())
             }
@@ -62,7 +71,7 @@ impl Published {
 
     /// Waits until the publish is durable on a majority, or is known not to be, or time is up. Tells the record's
     /// serial, the first one if it is a repetition (`None` where only its Kafka position is remembered), and whether it
-    /// is one.
+    /// is one. Presence events that changed nothing are no record: `None`, and no repetition.
     ///
     /// # Errors
     /// See [`PublishError`].
@@ -74,6 +83,8 @@ impl Published {
         match outcome {
             Ok(Outcome::Stored(serial)) => Ok((Some(serial), false)),
             Ok(Outcome::Duplicate(serial)) => Ok((serial, true)),
+            Ok(Outcome::Unchanged) => Ok((None, false)),
+            Ok(Outcome::Full) => Err(PublishError::Full),
             Ok(Outcome::Fenced) => Err(PublishError::Fenced),
             Ok(Outcome::Gap) => Err(PublishError::Gap),
             Ok(Outcome::Invalid | Outcome::Moved) => {
@@ -96,7 +107,17 @@ fn refused(err: SubmitError) -> PublishError {
 }
 
 impl Publish {
-    pub(super) fn into_entry(self, rule: &control::Namespace) -> entry::Publish {
+    pub(super) fn into_entry(
+        self,
+        rule: &control::Namespace,
+        attendant: Attendant,
+    ) -> entry::Publish {
+        let Attendant { node, boot } = attendant;
+        let presence = self.presence.map(|presence| entry::Presence {
+            node,
+            boot,
+            ..presence
+        });
         entry::Publish {
             app: self.key.app.to_string(),
             channel: self.key.name.to_string(),
@@ -108,8 +129,9 @@ impl Publish {
             retention_ms: rule.retention_ms,
             retention_bytes: rule.retention_bytes,
             last_only: rule.last_only,
-            ephemeral: rule.ephemeral,
+            ephemeral: rule.ephemeral || self.ephemeral,
             moved: None,
+            presence,
         }
     }
 }

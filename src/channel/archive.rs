@@ -32,6 +32,8 @@ pub struct Archived {
     /// Messages in it.
     pub count: u16,
     pub ephemeral: bool,
+    /// It holds presence events, not messages.
+    pub presence: bool,
     /// Digest of its idempotency key.
     pub key: [u8; 16],
 }

@@ -8,7 +8,8 @@ use prost::Message as _;
 use crate::channel::archive::{Archive, Archived, Place};
 use crate::channel::held::{Held, UINT48_MAX};
 use crate::channel::index::{Aged, Cold, Front, Index, channel_id};
-use crate::channel::ledger::Live;
+use crate::channel::ledger::{Counts, Live};
+use crate::channel::presence::{self, Attendant, MemberKey, Presence};
 use crate::channel::shard::{Late, Options, Shard, SourceState};
 use crate::types::{ChannelKey, ChannelName};
 use crate::wire::checkpoint as wire;
@@ -222,6 +223,11 @@ impl Shard {
         index.retention_bytes = channel.retention_bytes;
         index.last_only = channel.last_only;
         index.aged = channel.aged.map(aged_in).transpose()?.map(Box::new);
+        index.presence = (channel.presence.map(presence_in).transpose()?).map(Box::new);
+        for (connection_id, attendance) in index.presence.iter().flat_map(|it| it.attendances()) {
+            let of_node = self.attending.entry(attendance.by).or_default();
+            of_node.insert((key.clone(), connection_id.clone()));
+        }
         if let Some(archived) = channel.archived.filter(|_| with_records)
             && self.restore_archived(&key, &mut index, archived)?
         {
@@ -251,12 +257,17 @@ impl Shard {
     ) -> Result<bool, InvalidCheckpoint> {
         let front = archived.front.ok_or_else(|| undecodable("archived"))?;
         let through = place_in(archived.through.ok_or_else(|| undecodable("archived"))?)?;
-        index.ephemeral = archived.ephemeral;
+        let counts = Counts {
+            ephemeral: archived.ephemeral,
+            presence: archived.presence,
+            ephemeral_presence: archived.ephemeral_presence,
+        };
+        index.counts = counts;
         index.cold = Some(Box::new(Cold {
             id: channel_id(key),
             through,
             count: archived.count,
-            ephemeral: archived.ephemeral,
+            counts,
             front: Front {
                 first: place_in(front.place.ok_or_else(|| undecodable("archived"))?)?,
                 stamp_ms: front.stamp_ms,
@@ -304,6 +315,7 @@ fn outline(key: &ChannelKey, index: &Index) -> wire::Channel {
             bytes: aged.bytes,
             next_ms: aged.next_ms,
         }),
+        presence: index.presence.as_deref().map(presence_out),
         ..Default::default()
     }
 }
@@ -318,7 +330,9 @@ fn cold_out(index: &Index, cold: &Cold) -> wire::Archived {
     wire::Archived {
         through: Some(place_out(cold.through)),
         count: cold.count,
-        ephemeral: cold.ephemeral,
+        ephemeral: cold.counts.ephemeral,
+        presence: cold.counts.presence,
+        ephemeral_presence: cold.counts.ephemeral_presence,
         front: Some(wire::Record {
             place: Some(place_out(cold.front.first)),
             stamp_ms: cold.front.stamp_ms,
@@ -327,6 +341,60 @@ fn cold_out(index: &Index, cold: &Cold) -> wire::Archived {
         }),
         moved: moved.collect(),
     }
+}
+
+fn presence_out(presence: &Presence) -> wire::Presence {
+    let members = presence.members().iter().map(|(key, held)| wire::Member {
+        connection_id: key.connection_id.clone(),
+        client_id: key.client_id.clone(),
+        place: Some(place_out(held.place)),
+        stamp_ms: held.stamp_ms,
+        id: held.id.clone(),
+        offset: held.offset,
+        event: held.event.clone(),
+    });
+    let attendances = (presence.attendances().iter()).map(|(connection_id, attendance)| {
+        let Attendant { node, boot } = attendance.by;
+        wire::Attendance {
+            connection_id: connection_id.clone(),
+            node,
+            boot,
+        }
+    });
+    wire::Presence {
+        message: presence.message.map(place_out),
+        members: members.collect(),
+        attendances: attendances.collect(),
+    }
+}
+
+fn presence_in(wire: wire::Presence) -> Result<Presence, InvalidCheckpoint> {
+    let mut presence = Presence::new(wire.message.map(place_in).transpose()?);
+    for member in wire.members {
+        let key = MemberKey {
+            client_id: member.client_id,
+            connection_id: member.connection_id,
+        };
+        let held = presence::Held {
+            // A slice would keep the whole checkpoint in memory.
+            event: Bytes::copy_from_slice(&member.event),
+            id: member.id,
+            offset: member.offset,
+            place: place_in(member.place.ok_or_else(|| undecodable("member"))?)?,
+            stamp_ms: member.stamp_ms,
+        };
+        presence.restore(key, held);
+    }
+    if wire.attendances.len() != presence.attendances().len() {
+        return Err(undecodable("attendances"));
+    }
+    for attendance in wire.attendances {
+        let (node, boot) = (attendance.node, attendance.boot);
+        let restored =
+            presence.restore_attendance(&attendance.connection_id, Attendant { node, boot });
+        restored.ok_or_else(|| undecodable("attendance"))?;
+    }
+    Ok(presence)
 }
 
 fn aged_in(aged: wire::Aged) -> Result<Aged, InvalidCheckpoint> {
@@ -370,6 +438,7 @@ pub(super) fn record_out(record: &Archived) -> wire::Record {
         retention_s: record.retention_s,
         bytes: record.bytes,
         ephemeral: record.ephemeral,
+        presence: record.presence,
         now: (record.now != record.first).then(|| place_out(record.now)),
     }
 }
@@ -384,6 +453,7 @@ fn record_in(record: wire::Record) -> Result<Archived, InvalidCheckpoint> {
         bytes: record.bytes,
         count: u16::try_from(record.count).map_err(|_| undecodable("count"))?,
         ephemeral: record.ephemeral,
+        presence: record.presence,
         key: (record.key.as_ref().try_into()).map_err(|_| undecodable("key"))?,
     };
     // What was not packed once cannot be packed.

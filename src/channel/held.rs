@@ -9,8 +9,10 @@ pub(super) type KeyDigest = [u8; 16];
 /// Log indexes and stamps are kept in 48 bits: 890 years of 10,000 entries a second, and stamps to the year 10889.
 pub(super) const UINT48_MAX: u64 = (1 << 48) - 1;
 
-/// The flag beside 31 bits of seconds.
+/// The flags beside 30 bits of seconds.
 const EPHEMERAL: u32 = 1 << 31;
+const PRESENCE: u32 = 1 << 30;
+const FLAGS: u32 = EPHEMERAL | PRESENCE;
 
 impl Place {
     pub(super) const MIN: Self = Self {
@@ -81,12 +83,13 @@ const _: () = assert!(size_of::<Held>() == 40);
 
 impl Held {
     pub(super) fn new(record: &Archived) -> Self {
-        let flag = if record.ephemeral { EPHEMERAL } else { 0 };
+        let ephemeral = if record.ephemeral { EPHEMERAL } else { 0 };
+        let presence = if record.presence { PRESENCE } else { 0 };
         Self {
             index: pack(record.first.index),
             stamp_ms: pack(record.stamp_ms),
             key: record.key,
-            retention_s: record.retention_s | flag,
+            retention_s: record.retention_s | ephemeral | presence,
             bytes: record.bytes,
             position: record.first.position,
             count: record.count,
@@ -99,10 +102,11 @@ impl Held {
             first: self.first(),
             now,
             stamp_ms: self.stamp_ms(),
-            retention_s: self.retention_s & !EPHEMERAL,
+            retention_s: self.retention_s & !FLAGS,
             bytes: self.bytes,
             count: self.count,
             ephemeral: self.retention_s & EPHEMERAL != 0,
+            presence: self.retention_s & PRESENCE != 0,
             key: self.key,
         }
     }
@@ -119,15 +123,15 @@ impl Held {
     }
 
     pub(super) fn expires_ms(&self) -> u64 {
-        expires_ms(self.stamp_ms(), self.retention_s & !EPHEMERAL)
+        expires_ms(self.stamp_ms(), self.retention_s & !FLAGS)
     }
 }
 
-/// Seconds that a retention is kept as: rounded up, and not more than fit beside the flag.
+/// Seconds that a retention is kept as: rounded up, and not more than fit beside the flags, which are 34 years.
 pub(super) fn retention_s(retention_ms: u64) -> u32 {
     u32::try_from(retention_ms.div_ceil(1000))
         .unwrap_or(u32::MAX)
-        .min(EPHEMERAL - 1)
+        .min(PRESENCE - 1)
 }
 
 pub(super) fn expires_ms(stamp_ms: u64, retention_s: u32) -> u64 {
@@ -153,11 +157,12 @@ mod tests {
         #[test]
         fn packing_loses_nothing(
             index in 0..=UINT48_MAX, position: u16, stamp_ms in 0..=UINT48_MAX, retention_ms: u64,
-            bytes: u32, count: u16, ephemeral: bool, key: [u8; 16],
+            bytes: u32, count: u16, ephemeral: bool, presence: bool, key: [u8; 16],
         ) {
             let first = Place { index, position };
             let retention_s = retention_s(retention_ms);
-            let record = Archived { first, now: first, stamp_ms, retention_s, bytes, count, ephemeral, key };
+            let record =
+                Archived { first, now: first, stamp_ms, retention_s, bytes, count, ephemeral, presence, key };
             prop_assert_eq!(Held::new(&record).record(first), record);
         }
 

@@ -5,7 +5,8 @@ use std::io;
 
 use crate::channel::archive::{Archive, Archived, ChannelId, Place};
 use crate::channel::held::{Held, KeyDigest, expires_ms};
-use crate::channel::ledger::{Ledger, Mixer};
+use crate::channel::ledger::{Counts, Ledger, Mixer};
+use crate::channel::presence::Presence;
 use crate::channel::records::Records;
 use crate::channel::{FORGET_AFTER, RETENTION_MIN};
 use crate::stdx::stable_hash;
@@ -23,7 +24,7 @@ pub(super) struct Cold {
     pub(super) id: ChannelId,
     pub(super) through: Place,
     pub(super) count: u64,
-    pub(super) ephemeral: u64,
+    pub(super) counts: Counts,
     /// The oldest.
     pub(super) front: Front,
 }
@@ -78,8 +79,10 @@ pub(super) struct Index {
     pub(super) retention_bytes: u64,
     pub(super) last_only: bool,
     pub(super) aged: Option<Box<Aged>>,
-    /// Ephemeral records in both tiers.
-    pub(super) ephemeral: u64,
+    /// Of the records in both tiers.
+    pub(super) counts: Counts,
+    /// There while there are members or presence records; a rebuilt channel has it before its records.
+    pub(super) presence: Option<Box<Presence>>,
     /// A hash of the channel's key.
     pub(super) hash: u64,
 }
@@ -128,6 +131,13 @@ impl Index {
 
     /// Adds the channel's newest record, under its rule.
     pub(super) fn push(&mut self, record: &Archived, rule: Rule, ledger: &mut Ledger) {
+        if record.presence && self.presence.is_none() {
+            let message = self.head.filter(|head| Some(*head) > self.floor);
+            self.presence = Some(Box::new(Presence::new(message)));
+        }
+        if let Some(presence) = self.presence.as_mut().filter(|_| !record.presence) {
+            presence.message = Some(record.first);
+        }
         self.head = Some(record.first);
         let expires_ms = expires_ms(record.stamp_ms, record.retention_s);
         self.forget_ms = expires_ms.saturating_add(millis(FORGET_AFTER));
@@ -136,7 +146,7 @@ impl Index {
         if let Some(aged) = &mut self.aged {
             aged.next_ms.get_or_insert(aging_ms);
         }
-        self.ephemeral += u64::from(record.ephemeral);
+        self.counts.add(record);
         self.records.push(Held::new(record));
         ledger.in_memory += 1;
         ledger.add(self.hash, record);
@@ -154,6 +164,26 @@ impl Index {
                 bytes: 0,
                 next_ms,
             }));
+        }
+    }
+
+    /// Newest record that holds no presence events, where there is one that is retained.
+    pub(super) fn newest_message(&self) -> Option<Place> {
+        match &self.presence {
+            Some(presence) => presence.message,
+            None => self.head,
+        }
+    }
+
+    pub(super) fn has_members(&self) -> bool {
+        (self.presence.as_ref()).is_some_and(|presence| presence.has_members())
+    }
+
+    /// First place of the oldest record.
+    pub(super) fn oldest(&self) -> Option<Place> {
+        match &self.cold {
+            Some(cold) => Some(cold.front.first),
+            None => self.records.front().map(Held::first),
         }
     }
 
@@ -281,7 +311,7 @@ impl Index {
                 id,
                 through: record.first,
                 count: 0,
-                ephemeral: 0,
+                counts: Counts::default(),
                 front: Front::of(record),
             })
         });
@@ -290,7 +320,7 @@ impl Index {
         }
         cold.through = cold.through.max(record.first);
         cold.count += 1;
-        cold.ephemeral += u64::from(record.ephemeral);
+        cold.counts.add(record);
     }
 
     /// Puts into `batch` what the archive may learn of moved records: that they were moved by an entry up to `applied`.
@@ -342,6 +372,10 @@ impl Index {
         let mixer = match &self.aged {
             Some(aged) => (mixer.maybe(aged.through).word(aged.bytes))
                 .word(aged.next_ms.map_or(0, |next_ms| next_ms.wrapping_add(1))),
+            None => mixer,
+        };
+        let mixer = match &self.presence {
+            Some(presence) => mixer.word(presence.digest()),
             None => mixer,
         };
         mixer.finish()

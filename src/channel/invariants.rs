@@ -1,8 +1,10 @@
 //! What must hold of a shard at all times, checked from scratch.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use crate::channel::archive::{Archive, Place};
 use crate::channel::index::{Index, aging_ms};
-use crate::channel::ledger::Ledger;
+use crate::channel::ledger::{Counts, Ledger};
 use crate::channel::shard::Shard;
 
 impl Shard {
@@ -13,12 +15,19 @@ impl Shard {
     pub fn check_invariants(&self) {
         let mut ledger = Ledger::default();
         let mut channels_digest = 0_u64;
+        let mut attending: BTreeMap<_, BTreeSet<_>> = BTreeMap::new();
         for (key, index) in &self.channels {
             index.check_invariants(&*self.archive, self, &mut ledger);
             channels_digest = channels_digest.wrapping_add(index.digest());
             assert!(index.head.is_some_and(|head| head.index <= self.decided()));
             if !self.is_rebuilding() {
                 assert!(self.timers.contains(&(index.next_change_ms(), key.clone())));
+            }
+            for (connection_id, attendance) in
+                (index.presence.iter()).flat_map(|presence| presence.attendances())
+            {
+                let of_node = attending.entry(attendance.by).or_default();
+                of_node.insert((key.clone(), connection_id.clone()));
             }
             let moved = index
                 .moved
@@ -32,6 +41,7 @@ impl Shard {
             assert_eq!(self.timers.len(), self.channels.len(), "a timer a channel");
         }
         assert_eq!(channels_digest, self.channels_digest, "channels' digests");
+        assert_eq!(attending, self.attending, "who attends whom");
         let live = |ledger: &Ledger| ledger.live.iter().collect::<Vec<_>>();
         assert_eq!(
             live(&ledger),
@@ -65,8 +75,12 @@ impl Index {
         assert!(page.is_sorted_by(|a, b| a.first < b.first), "firsts ascend");
         assert!(page.is_sorted_by_key(|record| record.stamp_ms));
         assert_eq!(page.len() as u64, self.len(), "as many as are counted");
-        let ephemeral = page.iter().filter(|record| record.ephemeral).count();
-        assert_eq!(ephemeral as u64, self.ephemeral);
+        let mut counts = Counts::default();
+        page.iter().for_each(|record| counts.add(record));
+        assert_eq!(counts, self.counts, "records of each kind");
+        if let Some(presence) = &self.presence {
+            presence.check_invariants();
+        }
         for record in &page {
             assert!(Some(record.first) > self.floor && Some(record.first) <= self.head);
             ledger.add(self.hash, record);
@@ -87,6 +101,12 @@ impl Index {
         if rebuilding {
             return;
         }
+        let present = self.has_members() || counts.presence > 0;
+        assert_eq!(self.presence.is_some(), present);
+        let message = page.iter().rfind(|record| !record.presence);
+        let message = message.map(|record| record.first);
+        let known = self.newest_message().filter(|at| Some(*at) > self.floor);
+        assert_eq!(known, message, "newest message retained");
         let aged = page.iter();
         let aged = aged.take_while(|record| aging_ms(record.stamp_ms) <= shard.clock_ms());
         let aged: Vec<_> = aged.collect();
@@ -99,7 +119,7 @@ impl Index {
         }
         assert_eq!(self.aged.is_some(), self.retention_bytes > 0);
         if self.last_only {
-            assert!(aged.iter().all(|record| Some(record.first) == self.head));
+            assert!((aged.iter()).all(|record| Some(record.first) >= self.newest_message()));
         }
         assert!(
             self.front()

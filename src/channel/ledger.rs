@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 
 use crate::channel::archive::{Archived, Place};
+use crate::types::Kinds;
 
 /// How many retained records have their payload in each entry of the log.
 ///
@@ -57,6 +58,40 @@ impl Live {
     /// The first entry that holds a retained payload.
     pub(super) fn first(&self) -> Option<u64> {
         (!self.counts.is_empty()).then_some(self.from)
+    }
+}
+
+/// How many records are of which kind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Counts {
+    /// Ephemeral ones, also of those that hold presence events.
+    pub(super) ephemeral: u64,
+    /// Those that hold presence events.
+    pub(super) presence: u64,
+    pub(super) ephemeral_presence: u64,
+}
+
+impl Counts {
+    pub(super) fn add(&mut self, record: &Archived) {
+        self.ephemeral += u64::from(record.ephemeral);
+        self.presence += u64::from(record.presence);
+        self.ephemeral_presence += u64::from(record.ephemeral && record.presence);
+    }
+
+    pub(super) fn remove(&mut self, record: &Archived) {
+        self.ephemeral -= u64::from(record.ephemeral);
+        self.presence -= u64::from(record.presence);
+        self.ephemeral_presence -= u64::from(record.ephemeral && record.presence);
+    }
+
+    /// Of `len` records, those of these kinds that are part of history.
+    pub(super) const fn lasting(&self, len: u64, kinds: Kinds) -> u64 {
+        let presence = self.presence - self.ephemeral_presence;
+        match kinds {
+            Kinds::Presence => presence,
+            Kinds::Both => len - self.ephemeral,
+            Kinds::Messages => len - self.ephemeral - presence,
+        }
     }
 }
 
@@ -128,7 +163,8 @@ pub(super) fn record_hash(channel: u64, record: &Archived) -> u64 {
         let half = half.try_into().expect("a half of 16 bytes has 8");
         u64::from_le_bytes(half)
     });
-    let sizes = u64::from(record.count) << 33 | u64::from(record.ephemeral) << 32;
+    let flags = u64::from(record.ephemeral) << 32 | u64::from(record.presence);
+    let sizes = u64::from(record.count) << 33 | flags;
     Mixer::new(channel)
         .place(record.first)
         .place(record.now)

@@ -9,6 +9,7 @@ use crate::channel::RETENTION_MIN;
 use crate::channel::archive::{Archived, Place};
 use crate::channel::held::{KeyDigest, retention_s};
 use crate::channel::index::{Index, Rule, millis};
+use crate::channel::presence::{self, Attendant, Changes, Handover};
 use crate::channel::read::RecordRef;
 use crate::channel::shard::{Error, Event, Outcome, Shard, SourceState};
 use crate::types::{ChannelKey, ChannelName, Serial};
@@ -44,6 +45,10 @@ impl Shard {
         let Some(key) = channel_key(&publish) else {
             return Ok(Outcome::Invalid);
         };
+        let changes = match self.on_presence(&key, at, &publish)? {
+            Ok(changes) => changes,
+            Err(outcome) => return Ok(outcome),
+        };
         if let Some(refused) = publish.source.as_ref().and_then(|at| self.on_source(at)) {
             return Ok(refused);
         }
@@ -52,7 +57,10 @@ impl Shard {
         let index = self.channels.entry(key.clone());
         // A channel that was forgotten and comes back: its former records may be missed by a reader.
         let index = index.or_insert_with_key(|key| Index::new(key, forgotten));
-        if let Some(first) = index.find(&record.key, Some(at), &*self.archive)? {
+        // Presence events were looked for already.
+        if changes.is_none()
+            && let Some(first) = index.find(&record.key, Some(at), &*self.archive)?
+        {
             let first = first.serial(self.incarnation);
             return Ok(Outcome::Duplicate(Some(first)));
         }
@@ -62,8 +70,15 @@ impl Shard {
         }
         let predecessor = index.head.or(index.floor);
         index.push(&record, rule(&publish), &mut self.ledger);
+        let presence = index.presence.as_mut();
+        let handovers = presence
+            .zip(changes)
+            .map(|(now, changes)| now.apply(changes));
         self.timers.insert((index.next_change_ms(), key.clone()));
         self.channels_digest = self.channels_digest.wrapping_add(index.digest());
+        for handover in handovers.into_iter().flatten() {
+            self.note_handover(&key, handover);
+        }
         let record = RecordRef::new(&record, predecessor, self.incarnation);
         let serial = record.serial;
         events.push(Event {
@@ -72,6 +87,69 @@ impl Shard {
             publish,
         });
         Ok(Outcome::Stored(serial))
+    }
+
+    /// What the publish changes among those present, `None` when it holds messages; or its outcome, when it makes no record.
+    fn on_presence(
+        &mut self,
+        key: &ChannelKey,
+        at: Place,
+        publish: &entry::Publish,
+    ) -> io::Result<Result<Option<Changes>, Outcome>> {
+        let Some(asked) = &publish.presence else {
+            return Ok(Ok(None));
+        };
+        if asked.changes.is_empty() {
+            self.on_attend(key, publish, asked);
+            return Ok(Err(Outcome::Unchanged));
+        }
+        let Some(index) = self.channels.get(key) else {
+            return Ok(presence::decide(None, at, self.clock_ms, publish, asked).map(Some));
+        };
+        // What was stored once is not decided again.
+        let digest = digest(
+            &publish.id,
+            &publish.connection_id,
+            publish.source.is_some(),
+        );
+        if let Some(first) = index.find(&digest, Some(at), &*self.archive)? {
+            return Ok(Err(Outcome::Duplicate(Some(
+                first.serial(self.incarnation),
+            ))));
+        }
+        let now = index.presence.as_deref();
+        Ok(presence::decide(now, at, self.clock_ms, publish, asked).map(Some))
+    }
+
+    /// Another node attends the publisher's connection from now on.
+    fn on_attend(&mut self, key: &ChannelKey, publish: &entry::Publish, asked: &entry::Presence) {
+        let Some(index) = self.channels.get_mut(key).filter(|_| !asked.if_attended) else {
+            return;
+        };
+        let before = index.digest();
+        let presence = index.presence.as_mut();
+        let handover =
+            presence.and_then(|now| now.attend(&publish.connection_id, Attendant::of(asked)));
+        self.channels_digest = self.channels_digest.wrapping_sub(before);
+        self.channels_digest = self.channels_digest.wrapping_add(index.digest());
+        if let Some(handover) = handover {
+            self.note_handover(key, handover);
+        }
+    }
+
+    fn note_handover(&mut self, key: &ChannelKey, handover: Handover) {
+        let of = (key.clone(), handover.connection_id);
+        if let Some(from) = handover.from
+            && let Some(of_node) = self.attending.get_mut(&from)
+        {
+            of_node.remove(&of);
+            if of_node.is_empty() {
+                self.attending.remove(&from);
+            }
+        }
+        if let Some(to) = handover.to {
+            self.attending.entry(to).or_default().insert(of);
+        }
     }
 
     /// Whether the publish is a retained record, whose payload lies at `at` from now on. It counts only when it is that
@@ -166,7 +244,7 @@ pub(super) fn decode(index: u64, payload: Bytes) -> Result<entry::Entry, Error> 
         index,
         reason: err.to_string(),
     })?;
-    if entry.version > entry::VERSION {
+    if entry.version > entry::VERSION_MAX {
         let found = entry.version;
         return Err(Error::NewerVersion { index, found });
     }
@@ -218,6 +296,7 @@ pub(super) fn record(
         bytes: u32::try_from(publish.body.len()).unwrap_or(u32::MAX),
         count: u16::try_from(publish.count).unwrap_or(u16::MAX),
         ephemeral: publish.ephemeral,
+        presence: publish.presence.is_some(),
         key: digest(&publish.id, &publish.connection_id, from_kafka),
     }
 }

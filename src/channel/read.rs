@@ -1,11 +1,13 @@
-//! Reading a channel's index, over both tiers.
+//! Reading a shard's channels: their records, over both tiers, and who is present.
 
 use std::io;
 
 use crate::channel::archive::{Archive, Archived, Place};
 use crate::channel::held::Held;
 use crate::channel::index::{Index, PAGE};
-use crate::types::{Range, Serial};
+use crate::channel::presence::{self, Attendant, Attended, Member};
+use crate::channel::shard::Shard;
+use crate::types::{ChannelKey, Kinds, Range, Serial};
 
 /// Where one retained record lies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,8 +19,10 @@ pub struct RecordRef {
     pub predecessor: Option<Serial>,
     /// Milliseconds since 1970, by the proposer's clock, never less than an earlier record's.
     pub stamp_ms: u64,
-    /// Messages in the record.
+    /// Messages in the record, or presence events.
     pub count: u32,
+    /// It holds presence events, not messages.
+    pub presence: bool,
 }
 
 impl RecordRef {
@@ -29,6 +33,7 @@ impl RecordRef {
             predecessor: predecessor.map(|place| place.serial(incarnation)),
             stamp_ms: record.stamp_ms,
             count: u32::from(record.count),
+            presence: record.presence,
         }
     }
 }
@@ -56,6 +61,118 @@ pub enum ReadError {
 impl From<io::Error> for ReadError {
     fn from(err: io::Error) -> Self {
         Self::Archive(err.to_string())
+    }
+}
+
+impl Shard {
+    /// Up to `limit` records after `cursor`, oldest first.
+    ///
+    /// # Errors
+    /// When records after `cursor` are gone, or may be; when the shard is being rebuilt; when the archive fails.
+    pub fn after(
+        &self,
+        key: &ChannelKey,
+        cursor: Serial,
+        limit: usize,
+    ) -> Result<Vec<RecordRef>, ReadError> {
+        if self.is_rebuilding() {
+            return Err(ReadError::Rebuilding);
+        }
+        if cursor.incarnation != self.incarnation {
+            return Err(Behind { floor: self.now() }.into());
+        }
+        match (self.channels.get(key), self.forgotten) {
+            (Some(index), _) => self.view(index).after(cursor, limit),
+            (None, Some(floor)) if Place::of(cursor) < floor => {
+                let floor = floor.serial(self.incarnation);
+                Err(Behind { floor }.into())
+            }
+            (None, _) => Ok(Vec::new()),
+        }
+    }
+
+    /// Up to `limit` of the channel's retained records of these kinds within `range`, but for ephemeral ones.
+    ///
+    /// # Errors
+    /// When the shard is being rebuilt; when the archive fails.
+    pub fn range(
+        &self,
+        key: &ChannelKey,
+        range: &Range,
+        kinds: Kinds,
+        limit: usize,
+    ) -> Result<Vec<RecordRef>, ReadError> {
+        if self.is_rebuilding() {
+            return Err(ReadError::Rebuilding);
+        }
+        let index = self.channels.get(key);
+        index.map_or_else(
+            || Ok(Vec::new()),
+            |index| self.view(index).range(range, kinds, limit),
+        )
+    }
+
+    /// The serial after which the newest `count` of the channel's messages follow, but for ephemeral ones and those
+    /// older than `since_ms`; `None` when there are none.
+    ///
+    /// # Errors
+    /// When the shard is being rebuilt; when the archive fails.
+    pub fn rewind(
+        &self,
+        key: &ChannelKey,
+        count: usize,
+        since_ms: u64,
+    ) -> Result<Option<Serial>, ReadError> {
+        if self.is_rebuilding() {
+            return Err(ReadError::Rebuilding);
+        }
+        let Some(index) = self.channels.get(key) else {
+            return Ok(None);
+        };
+        let place = self.view(index).rewind(count, since_ms)?;
+        Ok(place.map(|place| place.serial(self.incarnation)))
+    }
+
+    /// The channel's members, in the order of client id and connection id: as of [`Shard::decided`].
+    #[must_use]
+    pub fn members(&self, key: &ChannelKey) -> Vec<Member> {
+        let presence = self.channels.get(key).and_then(|it| it.presence.as_ref());
+        let members = presence.into_iter().flat_map(|it| it.members());
+        members
+            .map(|(key, held)| presence::member(key, held, self.incarnation))
+            .collect()
+    }
+
+    /// Every process of a node that attends somebody here.
+    pub fn attendants(&self) -> impl Iterator<Item = Attendant> {
+        self.attending.keys().copied()
+    }
+
+    /// Up to `limit` connections that this process attends, with their members. Takes time for these only.
+    #[must_use]
+    pub fn attended(&self, by: Attendant, limit: usize) -> Vec<Attended> {
+        let of_node = self.attending.get(&by).into_iter().flatten();
+        let attended = of_node.take(limit).map(|(key, connection_id)| {
+            let presence = self.channels.get(key).and_then(|it| it.presence.as_ref());
+            let members = presence.map(|it| it.of_connection(connection_id));
+            let members = members.into_iter().flatten();
+            Attended {
+                key: key.clone(),
+                connection_id: connection_id.clone(),
+                members: members
+                    .map(|(key, held)| presence::member(&key, held, self.incarnation))
+                    .collect(),
+            }
+        });
+        attended.collect()
+    }
+
+    fn view<'a>(&'a self, index: &'a Index) -> View<'a> {
+        View {
+            index,
+            archive: &*self.archive,
+            incarnation: self.incarnation,
+        }
     }
 }
 
@@ -182,10 +299,38 @@ impl View<'_> {
         Ok(records.collect())
     }
 
-    /// Up to `limit` records within `range` that are part of history, from the end that it names.
-    pub(super) fn range(&self, range: &Range, limit: usize) -> Result<Vec<RecordRef>, ReadError> {
+    /// The place after which the newest `count` messages follow that are part of history and not older than
+    /// `since_ms`; `None` when there are none.
+    pub(super) fn rewind(&self, count: usize, since_ms: u64) -> Result<Option<Place>, ReadError> {
+        let lasting = (self.index.counts).lasting(self.index.len(), Kinds::Messages);
+        let mut left = count.min(usize::try_from(lasting).unwrap_or(usize::MAX));
+        let (mut oldest, mut to) = (None, Place::MAX);
+        while left > 0 {
+            let page = (self.index).page(self.archive, Place::MIN, to, true, PAGE)?;
+            let fresh = page.iter().take_while(|record| record.stamp_ms >= since_ms);
+            let messages = fresh.filter(|record| !record.presence && !record.ephemeral);
+            for message in messages.take(left) {
+                oldest = Some(message.first);
+                left -= 1;
+            }
+            let last = page.last().filter(|last| last.stamp_ms >= since_ms);
+            match last.and_then(|last| last.first.previous()) {
+                Some(before) => to = before,
+                None => break,
+            }
+        }
+        Ok(oldest.and_then(Place::previous))
+    }
+
+    /// Up to `limit` records of these kinds within `range` that are part of history, from the end that it names.
+    pub(super) fn range(
+        &self,
+        range: &Range,
+        kinds: Kinds,
+        limit: usize,
+    ) -> Result<Vec<RecordRef>, ReadError> {
         let mut found = Vec::new();
-        let lasting = self.index.len() > self.index.ephemeral;
+        let lasting = self.index.counts.lasting(self.index.len(), kinds) > 0;
         let bounds = match lasting && limit > 0 {
             true => self.bounds(range)?,
             false => None,
@@ -196,9 +341,12 @@ impl View<'_> {
         // Newest first, a record's predecessor is the next one met.
         let mut before: Option<Place> = None;
         let mut waiting = false;
-        loop {
-            let wanted = (limit - found.len()).clamp(1, PAGE);
-            let page = (self.index).page(self.archive, from, to, range.newest_first, wanted)?;
+        // Pages grow while nothing wanted is met.
+        let mut size = 1;
+        'pages: loop {
+            let before_page = found.len();
+            size = size.max(limit - before_page).min(PAGE);
+            let page = (self.index).page(self.archive, from, to, range.newest_first, size)?;
             let Some(last) = page.last().map(|record| record.first) else {
                 break;
             };
@@ -206,16 +354,24 @@ impl View<'_> {
                 before = self.index.before(self.archive, page[0].first)?;
             }
             for record in &page {
+                let wanted = !record.ephemeral && kinds.include(record.presence);
                 if range.newest_first {
                     self.link(&mut found, waiting, Some(record.first));
-                    waiting = !record.ephemeral;
+                    waiting = false;
                 }
-                if !record.ephemeral {
+                if found.len() == limit {
+                    break 'pages;
+                }
+                waiting = range.newest_first && wanted;
+                if wanted {
                     found.push(RecordRef::new(record, before, self.incarnation));
                 }
                 if !range.newest_first {
                     before = Some(record.first);
                 }
+            }
+            if found.len() == before_page {
+                size *= 2;
             }
             let rest = match range.newest_first {
                 true => last.previous().map(|to| (from, to)),

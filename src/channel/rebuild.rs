@@ -108,7 +108,7 @@ impl Shard {
         self.ledger.add(index.hash, record);
         if index.is_cold(record.first) {
             let id: ChannelId = channel_id(&key);
-            index.ephemeral += u64::from(record.ephemeral);
+            index.counts.add(record);
             index.add_cold(id, record);
             self.ledger.archived += 1;
             return self.put(&mut vec![(id, record.clone())]);
@@ -138,7 +138,7 @@ impl Index {
 
     pub(super) fn insert(&mut self, record: &Archived) {
         self.records.insert(Held::new(record));
-        self.ephemeral += u64::from(record.ephemeral);
+        self.counts.add(record);
         if record.now != record.first {
             let moved = self.moved.get_or_insert_default();
             moved.insert(record.first, record.now);

@@ -13,10 +13,15 @@ impl Index {
     /// When something here next changes by time alone; 0 when it is overdue by the rule.
     pub(super) fn next_change_ms(&self) -> u64 {
         let Some((stamp_ms, expires_ms)) = self.front() else {
-            return self.forget_ms;
+            // Members keep the channel; when the last one leaves there is a record again.
+            return if self.has_members() {
+                u64::MAX
+            } else {
+                self.forget_ms
+            };
         };
         let mut due_ms = expires_ms;
-        if self.last_only && self.len() > 1 {
+        if self.last_only && self.oldest() < self.newest_message() {
             due_ms = due_ms.min(aging_ms(stamp_ms));
         }
         match &self.aged {
@@ -47,6 +52,10 @@ impl Index {
             ledger.in_memory -= 1;
             self.drop_front(&record, ledger);
         }
+        if self.counts.presence == 0 && !self.has_members() {
+            // The newest record retained, if there is one, is a message again.
+            self.presence = None;
+        }
         Ok(gone)
     }
 
@@ -54,7 +63,8 @@ impl Index {
         if expires_ms(record.stamp_ms, record.retention_s) <= now_ms {
             return true;
         }
-        let replaced = self.last_only && Some(record.first) != self.head;
+        // Presence events neither take a message's place nor hold what a later message has taken.
+        let replaced = self.last_only && Some(record.first) < self.newest_message();
         let too_much = (self.aged.as_ref()).is_some_and(|aged| aged.bytes > self.retention_bytes);
         (replaced || too_much) && aging_ms(record.stamp_ms) <= now_ms
     }
@@ -115,7 +125,7 @@ impl Index {
                     return Err(lost("more"));
                 };
                 cold.count -= 1;
-                cold.ephemeral -= u64::from(record.ephemeral);
+                cold.counts.remove(&record);
                 if cold.count == 0 {
                     self.cold = None;
                 }
@@ -136,7 +146,7 @@ impl Index {
             aged.bytes -= u64::from(record.bytes);
         }
         self.floor = Some(record.first);
-        self.ephemeral -= u64::from(record.ephemeral);
+        self.counts.remove(record);
         self.unmove(record.first);
         ledger.remove(self.hash, record);
     }

@@ -11,10 +11,11 @@ use crate::channel::archive::{Archive, Archived, ChannelId, Place};
 use crate::channel::held::UINT48_MAX;
 use crate::channel::index::Index;
 use crate::channel::ledger::{Ledger, Mixer};
+use crate::channel::presence::Attendant;
 use crate::channel::publish::decode;
-use crate::channel::read::{Behind, ReadError, RecordRef, View};
+use crate::channel::read::RecordRef;
 use crate::stdx::stable_hash;
-use crate::types::{ChannelKey, Range, Serial};
+use crate::types::{ChannelKey, Serial};
 use crate::wire::entry;
 
 /// Entries given to the archive at a time.
@@ -48,7 +49,7 @@ pub enum Error {
     Undecodable { index: u64, reason: String },
     #[error(
         "entry {index} has version {found}; this build applies up to {}",
-        entry::VERSION
+        entry::VERSION_MAX
     )]
     NewerVersion { index: u64, found: u32 },
     #[error("entry {index} was applied already; the newest applied is {applied}")]
@@ -74,6 +75,10 @@ pub enum Outcome {
     Gap,
     /// Names an app or channel that cannot exist; a correct proposer never sends it.
     Invalid,
+    /// Presence events that would bring in more members than the channel may have. Nothing was stored.
+    Full,
+    /// Presence events of which none has an effect, or none at all: no record.
+    Unchanged,
     /// A retained record that was appended again, or one that is no longer retained: no record of its own.
     Moved,
 }
@@ -118,7 +123,8 @@ pub(super) struct Late {
 /// come back from the entries of the log, which decide nothing anew.
 ///
 /// Invariant: unless it is being rebuilt, `timers` holds exactly one element for each channel, at its index's next
-/// change; stamps never go back (`clock_ms` is their maximum); no retained record's payload is at or below `horizon`.
+/// change; stamps never go back (`clock_ms` is their maximum); no retained record's payload is at or below `horizon`;
+/// `attending` is what the channels' attendances add up to.
 #[derive(Debug)]
 pub struct Shard {
     pub(super) incarnation: u16,
@@ -140,6 +146,8 @@ pub struct Shard {
     /// Wrapping sum of the channels' digests.
     pub(super) channels_digest: u64,
     pub(super) checks: Vec<(u64, u64)>,
+    /// Connections with members, by who attends them.
+    pub(super) attending: BTreeMap<Attendant, BTreeSet<(ChannelKey, String)>>,
     /// Where filling the archive goes on.
     hand: Option<ChannelKey>,
     /// The archive's mark when this state last put something there.
@@ -171,6 +179,7 @@ impl Shard {
             ledger: Ledger::default(),
             channels_digest: 0,
             checks: Vec::new(),
+            attending: BTreeMap::new(),
             hand: None,
             mark: 0,
             moved_cold: BTreeSet::new(),
@@ -273,7 +282,8 @@ impl Shard {
                 let span = self.applied / FORGET_SPAN;
                 self.gone.insert((span, id), through);
             }
-            if index.is_empty() && index.forget_ms <= self.clock_ms {
+            let needed = !index.is_empty() || index.has_members();
+            if !needed && index.forget_ms <= self.clock_ms {
                 self.forgotten = self.forgotten.max(index.head);
                 self.channels.remove(&key);
             } else {
@@ -414,60 +424,6 @@ impl Shard {
     pub fn head(&self, key: &ChannelKey) -> Option<Serial> {
         let head = self.channels.get(key)?.head?;
         Some(head.serial(self.incarnation))
-    }
-
-    /// Up to `limit` records after `cursor`, oldest first.
-    ///
-    /// # Errors
-    /// When records after `cursor` are gone, or may be; when the shard is being rebuilt; when the archive fails.
-    pub fn after(
-        &self,
-        key: &ChannelKey,
-        cursor: Serial,
-        limit: usize,
-    ) -> Result<Vec<RecordRef>, ReadError> {
-        if self.is_rebuilding() {
-            return Err(ReadError::Rebuilding);
-        }
-        if cursor.incarnation != self.incarnation {
-            return Err(Behind { floor: self.now() }.into());
-        }
-        match (self.channels.get(key), self.forgotten) {
-            (Some(index), _) => self.view(index).after(cursor, limit),
-            (None, Some(floor)) if Place::of(cursor) < floor => {
-                let floor = floor.serial(self.incarnation);
-                Err(Behind { floor }.into())
-            }
-            (None, _) => Ok(Vec::new()),
-        }
-    }
-
-    /// Up to `limit` of the channel's retained records within `range`, but for ephemeral ones.
-    ///
-    /// # Errors
-    /// When the shard is being rebuilt; when the archive fails.
-    pub fn range(
-        &self,
-        key: &ChannelKey,
-        range: &Range,
-        limit: usize,
-    ) -> Result<Vec<RecordRef>, ReadError> {
-        if self.is_rebuilding() {
-            return Err(ReadError::Rebuilding);
-        }
-        let index = self.channels.get(key);
-        index.map_or_else(
-            || Ok(Vec::new()),
-            |index| self.view(index).range(range, limit),
-        )
-    }
-
-    fn view<'a>(&'a self, index: &'a Index) -> View<'a> {
-        View {
-            index,
-            archive: &*self.archive,
-            incarnation: self.incarnation,
-        }
     }
 
     /// Whether the publish at this place of the log, above the horizon, became no record. Publishes with `moved` are

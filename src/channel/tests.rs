@@ -4,6 +4,7 @@
 mod classes;
 mod model;
 mod moves;
+mod presence;
 mod tiers;
 
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use prost::Message as _;
 
 use super::*;
-use crate::types::{ChannelKey, ChannelName, Range, Serial};
+use crate::types::{ChannelKey, ChannelName, Kinds, Range, Serial};
 use crate::wire::entry;
 
 fn key(name: &str) -> ChannelKey {
@@ -58,7 +59,7 @@ fn apply(
     publishes: Vec<entry::Publish>,
 ) -> Vec<Outcome> {
     let entry = entry::Entry {
-        version: entry::VERSION,
+        version: entry::version_of(&publishes),
         stamp_ms,
         publishes,
         ..Default::default()
@@ -169,7 +170,7 @@ fn a_clock_that_goes_back_does_not_take_stamps_back() {
     apply(&mut shard, 1, 1000, vec![publish("a", "x")]);
     apply(&mut shard, 2, 10, vec![publish("a", "y")]);
     let stamps: Vec<u64> = shard
-        .range(&key("a"), &Range::ALL, 9)
+        .range(&key("a"), &Range::ALL, Kinds::Both, 9)
         .unwrap()
         .iter()
         .map(|r| r.stamp_ms)
@@ -263,7 +264,10 @@ fn a_range_is_inclusive_and_read_from_either_end() {
         );
     }
     let read = |range: Range, limit| {
-        let refs = shard.range(&key("a"), &range, limit).unwrap().into_iter();
+        let refs = shard
+            .range(&key("a"), &range, Kinds::Both, limit)
+            .unwrap()
+            .into_iter();
         refs.map(|r| r.serial.index).collect::<Vec<u64>>()
     };
     assert_eq!(read(Range::ALL, 2), [5, 4]);
@@ -316,7 +320,7 @@ fn a_range_is_inclusive_and_read_from_either_end() {
 fn a_newer_entry_stops_the_replica_untouched() {
     let mut shard = fresh(1);
     let entry = entry::Entry {
-        version: entry::VERSION + 1,
+        version: entry::VERSION_MAX + 1,
         ..Default::default()
     };
     let before = (shard.encode(), shard.digest());
@@ -325,7 +329,7 @@ fn a_newer_entry_stops_the_replica_untouched() {
         err,
         Error::NewerVersion {
             index: 1,
-            found: entry::VERSION + 1
+            found: entry::VERSION_MAX + 1
         }
     );
     assert!(shard.apply(1, vec![0xff; 3].into()).is_err());

@@ -165,6 +165,8 @@ fn outcome_out(outcome: Outcome) -> peer::Outcome {
         Outcome::Duplicate(serial) => (Kind::Duplicate, serial),
         Outcome::Fenced => (Kind::Fenced, None),
         Outcome::Gap => (Kind::Gap, None),
+        Outcome::Full => (Kind::Full, None),
+        Outcome::Unchanged => (Kind::Unchanged, None),
         // No publisher's publish is a move.
         Outcome::Invalid | Outcome::Moved => (Kind::Invalid, None),
     };
@@ -191,6 +193,8 @@ fn outcome_in(outcome: peer::Outcome) -> Option<Outcome> {
         Kind::Duplicate => Outcome::Duplicate(outcome.known.then_some(serial)),
         Kind::Fenced => Outcome::Fenced,
         Kind::Gap => Outcome::Gap,
+        Kind::Full => Outcome::Full,
+        Kind::Unchanged => Outcome::Unchanged,
         Kind::Invalid => Outcome::Invalid,
     })
 }
@@ -212,6 +216,8 @@ mod tests {
             Outcome::Duplicate(None),
             Outcome::Fenced,
             Outcome::Gap,
+            Outcome::Full,
+            Outcome::Unchanged,
             Outcome::Invalid,
         ];
         for outcome in all {

@@ -193,10 +193,10 @@ impl Task {
                 .flat_map(|batch| batch.publishes.drain(..))
             {
                 // A retry of what is stored already needs no entry: retries cost nothing but this look.
-                let seen = match publish.source {
-                    None => key_of(&publish)
+                let seen = match makes_record(&publish) && publish.source.is_none() {
+                    true => key_of(&publish)
                         .and_then(|key| state.seen(&key, &publish.id, &publish.connection_id)),
-                    Some(_) => None,
+                    false => None,
                 };
                 plan.add(publish, seen);
             }
@@ -256,7 +256,7 @@ impl Task {
                 return;
             };
             let entry = entry::Entry {
-                version: entry::VERSION,
+                version: entry::version_of(&due.entry.publishes),
                 stamp_ms: self.clock.now_ms(),
                 ..due.entry
             };
@@ -297,7 +297,7 @@ impl Plan {
     fn entry(&mut self, stamp_ms: u64) -> Option<Bytes> {
         let publishes = std::mem::take(&mut self.proposed);
         let entry = entry::Entry {
-            version: entry::VERSION,
+            version: entry::version_of(&publishes),
             stamp_ms,
             publishes,
             ..Default::default()
@@ -315,6 +315,11 @@ impl Plan {
         let merged: Option<Vec<Outcome>> = merged.collect();
         merged.filter(|_| proposed.next().is_none())
     }
+}
+
+/// Whether the publish holds anything; without, it only says who attends the connection.
+fn makes_record(publish: &entry::Publish) -> bool {
+    (publish.presence.as_ref()).is_none_or(|presence| !presence.changes.is_empty())
 }
 
 /// The channel a publish names, if it is one that can exist.

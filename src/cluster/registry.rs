@@ -7,10 +7,12 @@ use bytes::Bytes;
 use prost::Message as _;
 use tokio::sync::watch;
 
+use crate::auth::Revocations;
 use crate::channel::Archive;
+use crate::cluster::apps;
 use crate::placement::Assignment;
 use crate::raft::{Machine, Replay, Response, Restored};
-use crate::types::NodeId;
+use crate::types::{AppId, ChannelKey, NodeId};
 use crate::wire::control;
 
 /// Slots that each bridge's partitions are spread over. Fixed: a partition's slot is its hash modulo this.
@@ -19,8 +21,14 @@ pub const BRIDGE_SLOTS: u32 = 16;
 /// The registry at one position of the control log.
 #[derive(Clone, Debug, Default)]
 pub struct Registry {
-    /// `None` until the cluster is born.
+    /// `None` until the cluster is born. Its apps are those of that day.
     pub bootstrap: Option<Arc<control::Bootstrap>>,
+    /// Every app there is. The map and each app are another value whenever they changed, and only then.
+    pub apps: Arc<BTreeMap<AppId, Arc<control::App>>>,
+    /// Tokens that count no more.
+    pub revocations: Arc<Revocations>,
+    /// Newest stamp of an entry: what time it is for what expires.
+    pub stamp_ms: u64,
     pub bridges: BTreeMap<String, BridgeState>,
     /// The data directory of each node: no other may vote in its name.
     pub directories: BTreeMap<NodeId, String>,
@@ -38,15 +46,32 @@ pub struct BridgeState {
     pub floors: BTreeMap<(String, i32), i64>,
 }
 
+/// What channels of an app without a namespace rule of their own are kept for, in milliseconds.
+const RETENTION_DEFAULT_MS: u64 = 120_000;
+
 impl Registry {
-    fn apply(&mut self, entry: control::Entry) -> Result<(), String> {
+    /// What of a channel is retained.
+    #[must_use]
+    pub fn rule(&self, key: &ChannelKey) -> control::Namespace {
+        let app = self.apps.get(&key.app);
+        let mut namespaces = app.into_iter().flat_map(|app| &app.namespaces);
+        let rule = namespaces.find(|namespace| namespace.id == key.name.namespace());
+        rule.cloned().unwrap_or_else(|| control::Namespace {
+            retention_ms: RETENTION_DEFAULT_MS,
+            ..Default::default()
+        })
+    }
+
+    pub(super) fn apply(&mut self, entry: control::Entry) -> Result<(), String> {
         use control::entry::Command;
+        self.stamp_ms = self.stamp_ms.max(entry.stamp_ms);
         match entry
             .command
             .ok_or("the entry has no command this build knows")?
         {
             Command::Bootstrap(bootstrap) => {
                 if self.bootstrap.is_none() {
+                    self.apps = apps::by_id(&bootstrap.apps);
                     self.bootstrap = Some(Arc::new(bootstrap));
                 }
                 Ok(())
@@ -63,6 +88,9 @@ impl Registry {
                 self.readmitting.remove(&NodeId(node));
                 Ok(())
             }
+            Command::PutApp(change) => self.put_app(change),
+            Command::DeleteApp(change) => self.delete_app(&change),
+            Command::RevokeTokens(change) => self.revoke_tokens(&change),
         }
     }
 
@@ -125,7 +153,7 @@ impl Registry {
         Ok(())
     }
 
-    fn encode(&self) -> Bytes {
+    pub(super) fn encode(&self) -> Bytes {
         let slot = |(slot, at): (&u32, &Assignment)| control::Slot {
             slot: *slot,
             node: at.node.0,
@@ -158,18 +186,31 @@ impl Registry {
             directories: (self.directories.iter().map(directory)).collect(),
             founded: self.founded,
             readmitting: (self.readmitting.iter().map(readmit)).collect(),
+            apps: (self.apps.values().map(|app| (**app).clone())).collect(),
+            revocations: (self.revocations.iter().map(apps::revoke_command)).collect(),
+            stamp_ms: self.stamp_ms,
         };
         snapshot.encode_to_vec().into()
     }
 
-    fn decode(bytes: Bytes) -> Result<Self, String> {
+    pub(super) fn decode(bytes: Bytes) -> Result<Self, String> {
         let snapshot = control::Snapshot::decode(bytes).map_err(|err| err.to_string())?;
         check_version(snapshot.version)?;
+        let bootstrap = snapshot.bootstrap.map(Arc::new);
+        let apps = match (snapshot.version, &bootstrap) {
+            (0 | 1, Some(born)) => apps::by_id(&born.apps),
+            _ => apps::by_id(&snapshot.apps),
+        };
         let mut registry = Self {
-            bootstrap: snapshot.bootstrap.map(Arc::new),
+            bootstrap,
+            apps,
             founded: snapshot.founded,
+            stamp_ms: snapshot.stamp_ms,
             ..Self::default()
         };
+        for revoked in &snapshot.revocations {
+            registry.revoke(revoked)?;
+        }
         for known in snapshot.directories {
             let node = NodeId(known.node);
             registry.directories.insert(node, known.directory);

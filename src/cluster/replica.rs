@@ -189,7 +189,7 @@ pub struct StoredRecord {
     pub publish: entry::Publish,
 }
 
-/// Accepted records of a shard in log order, and the index up to which they are all.
+/// Accepted messages of a shard in log order, without presence events, and the index up to which they are all.
 #[derive(Debug)]
 pub struct ShardPage {
     /// Serial, stamp in milliseconds since 1970, and the publish.
@@ -230,7 +230,7 @@ pub(super) fn read_records(group: &Group, refs: &[RecordRef]) -> io::Result<Vec<
     Ok(records)
 }
 
-/// Reads accepted publishes after log index `after`, about `max_bytes` of them.
+/// Reads accepted messages after log index `after`, about `max_bytes` of them.
 pub(super) fn read_page(
     group: &Group,
     state: &State,
@@ -259,7 +259,8 @@ pub(super) fn read_page(
         let shard = state.read();
         for (position, publish) in (0_u16..).zip(entry.publishes) {
             // What was only moved stands in the log where it came first, or did.
-            if publish.moved.is_none() && !shard.is_dropped(index, position) {
+            let own = publish.moved.is_none() && publish.presence.is_none();
+            if own && !shard.is_dropped(index, position) {
                 let incarnation = shard.now().incarnation;
                 let serial = Serial {
                     incarnation,

@@ -14,9 +14,11 @@ use crate::cluster::lane::{Lane, Ways};
 use crate::cluster::proposer::Proposer;
 use crate::cluster::registry::ControlMachine;
 use crate::cluster::replica::{EventSink, ShardMachine};
+use crate::cluster::telling::Occupancy;
 use crate::cluster::upkeep::{Exported, Upkeep, Usage};
 use crate::cluster::{
-    Cluster, Error, Inner, Options, READERS, Registry, Replica, balance, compare, control, readmit,
+    Cluster, Error, Inner, OnTaken, Options, READERS, Registry, Replica, attendance, balance,
+    compare, control, readmit, taken, telling,
 };
 use crate::raft::Host;
 use crate::stdx::{ByteBudget, stable_hash};
@@ -86,6 +88,7 @@ impl Cluster {
             .start(GroupId::CONTROL, Box::new(machine), tasks)
             .await?;
         let cluster = Self(Arc::new(Inner {
+            occupancy: Occupancy::new(options.shards),
             options,
             transport,
             host: parts.host.clone(),
@@ -93,17 +96,15 @@ impl Cluster {
             registry,
             shards: OnceLock::new(),
             directory: admission.directory,
+            boot: attendance::random(),
+            pulses: attendance::Pulses::default(),
+            on_taken: OnTaken::default(),
             compared: AtomicU64::new(0),
             differed: AtomicU64::new(0),
             leaving: std::sync::Mutex::default(),
             readers: Arc::new(tokio::sync::Semaphore::new(READERS)),
         }));
-        // Who leads nothing calls nobody; it must reach the others all the same when it leaves.
-        for node in cluster.nodes().keys().filter(|n| **n != cluster.node()) {
-            if let Err(err) = cluster.0.transport.connect(*node) {
-                tracing::debug!(%node, %err, "not dialed");
-            }
-        }
+        cluster.dial();
         if begin == Some(Begin::Found) && cluster.is_first() {
             cluster.0.control.initialize(&cluster.voters()).await?;
         }
@@ -115,11 +116,23 @@ impl Cluster {
         cluster.is_registered().await?;
         cluster.start_shards(&parts, tasks).await?;
         compare::start(&cluster, tasks);
+        attendance::start(&cluster, tasks);
+        taken::start(&cluster);
+        telling::start(&cluster, tasks);
         balance::start(&cluster, tasks);
         parts
             .phase
             .send_replace("catching up with the cluster".to_owned());
         Ok(cluster)
+    }
+
+    /// Reaches out to all other nodes: who leads nothing calls nobody, and must be heard all the same when it leaves.
+    fn dial(&self) {
+        for node in self.nodes().keys().filter(|node| **node != self.node()) {
+            if let Err(err) = self.0.transport.connect(*node) {
+                tracing::debug!(%node, %err, "not dialed");
+            }
+        }
     }
 
     async fn start_shards(&self, parts: &Parts, tasks: &Tasks) -> Result<(), Error> {

@@ -1,12 +1,11 @@
-//! Pages of a channel's history.
+//! Pages of a channel's history: of its messages, or of its presence events.
 
 use crate::broker::Broker;
-use crate::types::{ChannelKey, ErrorCode, ErrorInfo, MessageSerial, Range, Serial};
-use crate::wire::ably::Message;
-use crate::wire::body::record_messages;
-
-const LIMIT_DEFAULT: usize = 100;
-const LIMIT_MAX: usize = 1000;
+use crate::gateway::page::{self, Page, invalid};
+use crate::types::{ChannelKey, ErrorCode, ErrorInfo, Kinds, MessageSerial, Range, Serial};
+use crate::wire::ably::{Message, PresenceMessage};
+use crate::wire::body::{BodyError, decode_presence, record_messages};
+use crate::wire::entry;
 
 /// What a client asks for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -21,13 +20,8 @@ pub(super) struct Query {
     cursor: Option<MessageSerial>,
 }
 
-/// One page, and how to ask for others.
-#[derive(Debug)]
-pub(super) struct Page {
-    pub(super) messages: Vec<Message>,
-    /// Values of `Link` headers.
-    pub(super) links: Vec<String>,
-}
+/// The items of a record, given with its serial and stamp.
+type Read<T> = fn(Serial, &entry::Publish, u64) -> Result<Vec<T>, BodyError>;
 
 impl Query {
     /// From the pairs of a request's query; unknown ones are ignored.
@@ -36,7 +30,7 @@ impl Query {
     /// `InvalidParameter`, naming the one that is wrong.
     pub(super) fn parse(pairs: &[(String, String)]) -> Result<Self, ErrorInfo> {
         let mut query = Self {
-            limit: LIMIT_DEFAULT,
+            limit: page::LIMIT_DEFAULT,
             forwards: false,
             start_ms: 0,
             end_ms: u64::MAX,
@@ -44,15 +38,9 @@ impl Query {
             cursor: None,
         };
         for (name, value) in pairs {
-            let invalid = || {
-                let what = format!("`{name}` cannot be `{}`", value.escape_debug());
-                ErrorInfo::new(ErrorCode::InvalidParameter, what)
-            };
+            let invalid = || invalid(name, value);
             match name.as_str() {
-                "limit" => {
-                    let limit = value.parse().ok().filter(|n| (1..=LIMIT_MAX).contains(n));
-                    query.limit = limit.ok_or_else(invalid)?;
-                }
+                "limit" => query.limit = page::limit(value)?,
                 "direction" => {
                     query.forwards = match value.as_str() {
                         "forwards" => true,
@@ -65,7 +53,7 @@ impl Query {
                 "from_serial" | "fromSerial" => {
                     query.until = Some(value.parse().map_err(|_| invalid())?);
                 }
-                "cursor" => query.cursor = Some(cursor(value).ok_or_else(invalid)?),
+                "cursor" => query.cursor = Some(message_serial(value).ok_or_else(invalid)?),
                 _ => {}
             }
         }
@@ -102,74 +90,130 @@ impl Query {
         }
     }
 
-    /// The page that the query asks for.
+    /// The page of messages that the query asks for.
     ///
     /// # Errors
-    /// When the broker cannot answer.
-    pub(super) async fn page(&self, broker: &Broker, key: &ChannelKey) -> Result<Page, ErrorInfo> {
-        // The cursor's own record may be spent, and one message more tells whether there is a next page.
-        let (records, cut) = broker.history(key, &self.range(), self.limit + 2).await?;
-        let mut messages: Vec<(MessageSerial, Message)> = Vec::new();
+    /// `AttachPointGone` when it is to end where an attachment began and what came after that is not all retained; else when
+    /// the broker cannot answer.
+    pub(super) async fn messages(
+        &self,
+        broker: &Broker,
+        key: &ChannelKey,
+    ) -> Result<Page<Message>, ErrorInfo> {
+        let read: Read<Message> = record_messages;
+        self.page(broker, key, Kinds::Messages, read).await
+    }
+
+    /// The same of presence events.
+    ///
+    /// # Errors
+    /// As [`Self::messages`].
+    pub(super) async fn presence(
+        &self,
+        broker: &Broker,
+        key: &ChannelKey,
+    ) -> Result<Page<PresenceMessage>, ErrorInfo> {
+        let read: Read<PresenceMessage> = |_, publish, stamp_ms| decode_presence(publish, stamp_ms);
+        self.page(broker, key, Kinds::Presence, read).await
+    }
+
+    async fn page<T>(
+        &self,
+        broker: &Broker,
+        key: &ChannelKey,
+        kinds: Kinds,
+        read: Read<T>,
+    ) -> Result<Page<T>, ErrorInfo> {
+        // The cursor's own record may be spent, and one item more tells whether there is a next page.
+        let range = self.range();
+        let asked = broker.history(key, &range, kinds, self.limit + 2);
+        let (records, cut) = asked.await?;
+        if let (Some(until), None) = (self.until, self.cursor)
+            && !broker.reaches_back_to(key, until)?
+        {
+            return Err(ErrorCode::AttachPointGone.into());
+        }
+        let mut items: Vec<(MessageSerial, T)> = Vec::new();
         for record in records {
             let serial = record.at.serial;
-            let found = record_messages(serial, &record.publish, record.at.stamp_ms)?;
-            let found = (0..)
-                .zip(found)
-                .map(|(offset, message)| (serial.message(offset), message));
-            let mut found: Vec<_> = found
-                .filter(|(serial, _)| self.is_wanted(*serial))
-                .collect();
+            let found = read(serial, &record.publish, record.at.stamp_ms)?;
+            let found = (0..).zip(found);
+            let found = found.map(|(offset, item)| (serial.message(offset), item));
+            let mut found: Vec<_> = found.filter(|(at, _)| self.is_wanted(*at)).collect();
             if !self.forwards {
                 found.reverse();
             }
-            messages.extend(found);
-            if messages.len() > self.limit {
+            items.extend(found);
+            if items.len() > self.limit {
                 break;
             }
         }
-        let more = messages.len() > self.limit || cut;
-        messages.truncate(self.limit);
-        let last = messages.last().map(|(serial, _)| *serial).filter(|_| more);
+        let more = items.len() > self.limit || cut;
+        items.truncate(self.limit);
+        let last = items.last().map(|(serial, _)| *serial).filter(|_| more);
         Ok(Page {
-            links: self.links(last),
-            messages: messages.into_iter().map(|(_, message)| message).collect(),
+            links: self.links(kinds, last),
+            items: items.into_iter().map(|(_, item)| item).collect(),
         })
     }
 
-    fn links(&self, last: Option<MessageSerial>) -> Vec<String> {
-        let link = |rel: &str, cursor: Option<MessageSerial>| {
-            let direction = if self.forwards {
-                "forwards"
-            } else {
-                "backwards"
-            };
-            let mut query = format!("limit={}&direction={direction}", self.limit);
-            if self.start_ms > 0 {
-                query += &format!("&start={}", self.start_ms);
-            }
-            if self.end_ms < u64::MAX {
-                query += &format!("&end={}", self.end_ms);
-            }
-            if let Some(until) = self.until {
-                query += &format!("&from_serial={until}");
-            }
-            if let Some(cursor) = cursor {
-                query += &format!("&cursor={cursor}");
-            }
-            format!("<./messages?{query}>; rel=\"{rel}\"")
+    fn links(&self, kinds: Kinds, last: Option<MessageSerial>) -> Vec<String> {
+        let direction = if self.forwards {
+            "forwards"
+        } else {
+            "backwards"
         };
-        let mut links = vec![link("first", None), link("current", self.cursor)];
-        links.extend(last.map(|last| link("next", Some(last))));
-        links
+        let mut query = vec![
+            ("limit", self.limit.to_string()),
+            ("direction", direction.to_owned()),
+        ];
+        if self.start_ms > 0 {
+            query.push(("start", self.start_ms.to_string()));
+        }
+        if self.end_ms < u64::MAX {
+            query.push(("end", self.end_ms.to_string()));
+        }
+        query.extend(self.until.map(|until| ("from_serial", until.to_string())));
+        let segment = match kinds {
+            Kinds::Presence => "history",
+            Kinds::Messages | Kinds::Both => "messages",
+        };
+        let cursor = |serial: MessageSerial| serial.to_string();
+        page::links(segment, &query, self.cursor.map(cursor), last.map(cursor))
     }
 }
 
-fn cursor(text: &str) -> Option<MessageSerial> {
+/// The message with this serial.
+///
+/// # Errors
+/// `NotFound` when there is none, or it is no longer retained.
+pub(super) async fn message(
+    broker: &Broker,
+    key: &ChannelKey,
+    serial: &str,
+) -> Result<Message, ErrorInfo> {
+    let none = || ErrorInfo::new(ErrorCode::NotFound, "no such message is retained");
+    let serial = message_serial(serial).ok_or_else(none)?;
+    let range = Range {
+        from: Some(serial.record),
+        to: Some(serial.record),
+        ..Range::ALL
+    };
+    let (records, _) = broker.history(key, &range, Kinds::Messages, 1).await?;
+    let record = records.first().ok_or_else(none)?;
+    let messages = record_messages(record.at.serial, &record.publish, record.at.stamp_ms)?;
+    let found = messages.into_iter().nth(usize::from(serial.offset));
+    found.ok_or_else(none)
+}
+
+/// A message's serial has exactly one text.
+fn message_serial(text: &str) -> Option<MessageSerial> {
     let (record, offset) = text.split_once(':')?;
-    Some(MessageSerial {
+    let serial = MessageSerial {
         record: record.parse().ok()?,
         offset: offset.parse().ok()?,
-    })
+    };
+    (serial.to_string() == text).then_some(serial)
 }
 
 #[cfg(test)]
@@ -201,10 +245,43 @@ mod tests {
     }
 
     #[test]
+    fn a_serial_has_one_text() {
+        let serial = Serial::default().message(7);
+        assert_eq!(message_serial(&serial.to_string()), Some(serial));
+        for bad in [
+            "",
+            "1",
+            "x:1",
+            &format!("{}:7", Serial::default()),
+            &format!("{}:+07", Serial::default()),
+        ] {
+            assert_eq!(message_serial(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_page_until_an_attachment_goes_backwards_from_it() {
+        let serial = Serial {
+            index: 9,
+            ..Serial::default()
+        };
+        for name in ["from_serial", "fromSerial"] {
+            let query = parse(&[(name, &serial.to_string())]).unwrap();
+            assert_eq!(query.range().to, Some(serial));
+            let forwards = [(name, &*serial.to_string()), ("direction", "forwards")];
+            assert_eq!(
+                parse(&forwards).unwrap_err().code,
+                ErrorCode::InvalidParameter
+            );
+        }
+    }
+
+    #[test]
     fn a_link_leads_to_the_same_query_further_on() {
         let query = parse(&[("limit", "5"), ("end", "77"), ("direction", "forwards")]).unwrap();
         let last = Serial::default().message(3);
-        let links = query.links(Some(last));
+        let links = query.links(Kinds::Messages, Some(last));
+        assert!(query.links(Kinds::Presence, None)[0].starts_with("<./history?"));
         let (_, next) = links[2].split_once("<./messages?").unwrap();
         let (next, rel) = next.split_once(">; ").unwrap();
         assert_eq!(rel, "rel=\"next\"");

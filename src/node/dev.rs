@@ -298,6 +298,7 @@ fn bootstrap(kept: &Kept) -> anyhow::Result<config::Bootstrap> {
         id: id.to_owned(),
         secret: secret.to_owned(),
         capability: r#"{"*":["*"]}"#.to_owned(),
+        revocable_tokens: false,
     };
     let namespace = config::Namespace {
         id: "persisted".to_owned(),

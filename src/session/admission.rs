@@ -1,8 +1,9 @@
-//! What messages a client may publish: counts, sizes, names, ids (§2.6). The same for every door.
+//! What messages a client may publish: counts, sizes, names, ids, extras (§2.6). The same for every door.
 
 use crate::auth::ClientId;
+use crate::session::extras;
 use crate::types::{ErrorCode, ErrorInfo};
-use crate::wire::ably::{Message, MessageAction};
+use crate::wire::ably::{Message, MessageAction, PresenceAction, PresenceMessage};
 
 /// Most messages in one publish.
 const MESSAGES_MAX: usize = 1000;
@@ -18,6 +19,27 @@ pub struct Admission {
     pub count: u16,
     /// What makes a repetition recognisable, when the client chose ids.
     pub base_id: Option<String>,
+    /// Delivered, but no part of history.
+    pub ephemeral: bool,
+    /// Only who has `Operation::PrivilegedHeaders` on the channel may publish them.
+    pub privileged: bool,
+}
+
+/// Takes the connection keys out of messages that are to be published on behalf of a connection: the one key of all, if
+/// they have one. Who publishes then is that connection, with its id and under its client id, which is what [`admit`]
+/// must be told.
+///
+/// # Errors
+/// `InvalidConnectionKey` when messages of one publish name different connections.
+pub fn take_connection_key(messages: &mut [Message]) -> Result<Option<String>, ErrorInfo> {
+    let keys = messages.iter_mut();
+    // All are taken, whatever becomes of them.
+    let keys: Vec<_> = keys.map(|message| message.connection_key.take()).collect();
+    if keys.iter().all(|key| *key == keys[0]) {
+        return Ok(keys.into_iter().next().flatten());
+    }
+    let what = "messages of one publish are on behalf of different connections";
+    Err(ErrorInfo::new(ErrorCode::InvalidConnectionKey, what))
 }
 
 /// Checks messages of one publish by a client that may call itself `client_id`. `max_bytes` is for all
@@ -42,6 +64,7 @@ pub fn admit(
         return refused(ErrorCode::TooManyMessages, what);
     }
     let base_id = base_id(&messages)?;
+    let ephemeral = is_ephemeral(&messages)?;
     let admitted = messages
         .into_iter()
         .map(|message| admit_one(message, client_id));
@@ -55,9 +78,13 @@ pub fn admit(
     }
     let count = u16::try_from(messages.len()).expect("at most 1000 messages, checked above");
     Ok(Admission {
+        privileged: messages
+            .iter()
+            .any(|m| extras::is_privileged(m.extras.as_ref())),
         messages,
         count,
         base_id,
+        ephemeral,
     })
 }
 
@@ -71,7 +98,7 @@ fn admit_one(message: Message, client_id: &ClientId) -> Result<Message, ErrorInf
         }
     }
     if message.connection_key.is_some() {
-        let what = "publishing on behalf of another connection is not supported yet";
+        let what = "only REST can publish on behalf of a connection";
         return refused(ErrorCode::InvalidConnectionKey, what);
     }
     if message.has_invalid_base64() {
@@ -80,6 +107,7 @@ fn admit_one(message: Message, client_id: &ClientId) -> Result<Message, ErrorInf
             "data is not base64, as its encoding says",
         );
     }
+    extras::check(message.extras.as_ref())?;
     Ok(Message {
         client_id: client_id.assign(message.client_id.as_deref())?,
         id: message.id,
@@ -88,6 +116,83 @@ fn admit_one(message: Message, client_id: &ClientId) -> Result<Message, ErrorInf
         encoding: message.encoding,
         extras: message.extras,
         ..Message::default()
+    })
+}
+
+/// One record is in history or is not.
+fn is_ephemeral(messages: &[Message]) -> Result<bool, ErrorInfo> {
+    let ephemeral = |message: &&Message| extras::is_ephemeral(message.extras.as_ref());
+    match messages.iter().filter(ephemeral).count() {
+        0 => Ok(false),
+        all if all == messages.len() => Ok(true),
+        _ => {
+            let what = "either all messages of a publish are ephemeral or none";
+            Err(extras::invalid(what.to_owned()))
+        }
+    }
+}
+
+/// Checks presence events of one publish by a client that may call itself `client_id`; gives them with client ids, and
+/// without anything that is the server's to say, but for ids: they tell a member that is entered again.
+///
+/// # Errors
+/// Says which rule was broken; nothing of the publish may be stored then.
+pub(super) fn check_presence(
+    events: Vec<PresenceMessage>,
+    client_id: &ClientId,
+    max_bytes: usize,
+) -> Result<Vec<PresenceMessage>, ErrorInfo> {
+    let refused = |code, what: String| Err(ErrorInfo::new(code, what));
+    if events.is_empty() {
+        return refused(
+            ErrorCode::InvalidPublish,
+            "frame holds no presence event".into(),
+        );
+    }
+    if events.len() > MESSAGES_MAX {
+        let what = format!(
+            "{} presence events in one frame; at most {MESSAGES_MAX}",
+            events.len()
+        );
+        return refused(ErrorCode::TooManyMessages, what);
+    }
+    let checked = events
+        .into_iter()
+        .map(|event| check_event(event, client_id));
+    let events = checked.collect::<Result<Vec<_>, _>>()?;
+    let bytes: usize = events.iter().map(PresenceMessage::size).sum();
+    if bytes > max_bytes {
+        let what = format!("{bytes} bytes of presence in one frame; at most {max_bytes}");
+        return refused(ErrorCode::MessageTooLarge, what);
+    }
+    Ok(events)
+}
+
+fn check_event(event: PresenceMessage, own: &ClientId) -> Result<PresenceMessage, ErrorInfo> {
+    let refused = |code, what: &str| Err(ErrorInfo::new(code, what));
+    match event.action {
+        Some(PresenceAction::Enter | PresenceAction::Update | PresenceAction::Leave) => {}
+        _ => {
+            let what = "presence event is neither an enter, an update nor a leave";
+            return refused(ErrorCode::BadRequest, what);
+        }
+    }
+    if event.has_invalid_base64() {
+        let what = "data is not base64, as its encoding says";
+        return refused(ErrorCode::InvalidMessageData, what);
+    }
+    extras::check(event.extras.as_ref())?;
+    let Some(client_id) = own.assign(event.client_id.as_deref())? else {
+        return Err(ErrorCode::PresenceWithoutClientId.into());
+    };
+    Ok(PresenceMessage {
+        id: event.id,
+        action: event.action,
+        client_id: Some(client_id),
+        data: event.data,
+        encoding: event.encoding,
+        extras: event.extras,
+        ..PresenceMessage::default()
     })
 }
 
@@ -120,6 +225,8 @@ fn base_id(messages: &[Message]) -> Result<Option<String>, ErrorInfo> {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::wire::ably::Data;
 
@@ -245,5 +352,124 @@ mod tests {
             admit(vec![other], &me, 100).unwrap_err().code,
             ErrorCode::InvalidClientId
         );
+    }
+
+    fn with_extras(extras: &[serde_json::Value]) -> Vec<Message> {
+        let message = |extras: &serde_json::Value| Message {
+            extras: extras.as_object().cloned(),
+            ..Message::default()
+        };
+        extras.iter().map(message).collect()
+    }
+
+    #[test]
+    fn extras_hold_what_the_protocol_knows() {
+        let good = [
+            json!({}),
+            json!({"headers": {"h": 1, "deep": {"x": [null]}}, "ref": {"timeserial": "s"}}),
+            json!({"push": {}, "delta": {}, "ephemeral": false, "privileged": "whatever"}),
+        ];
+        for extras in good {
+            let admitted = admit(
+                with_extras(std::slice::from_ref(&extras)),
+                &ClientId::Any,
+                1000,
+            )
+            .unwrap();
+            assert_eq!(admitted.messages[0].extras, extras.as_object().cloned());
+        }
+        let bad = [
+            json!({"other": 1}),
+            json!({"Headers": {}}),
+            json!({"headers": "h"}),
+            json!({"push": []}),
+            json!({"ref": null}),
+            json!({"delta": true}),
+            json!({"ephemeral": "true"}),
+            json!({"ephemeral": 1}),
+        ];
+        for extras in bad {
+            let refused = code(with_extras(&[json!({}), extras.clone()]));
+            assert_eq!(refused, ErrorCode::InvalidExtras, "{extras}");
+            let event = PresenceMessage {
+                action: Some(PresenceAction::Enter),
+                extras: extras.as_object().cloned(),
+                ..PresenceMessage::default()
+            };
+            let me = ClientId::Exactly("me".into());
+            let refused = check_presence(vec![event], &me, 1000).unwrap_err();
+            assert_eq!(refused.code, ErrorCode::InvalidExtras, "{extras}");
+        }
+        // What a client wrote is told back to it only in part.
+        let long = "k".repeat(5000);
+        let refused = admit(with_extras(&[json!({ long: 1 })]), &ClientId::Any, 10_000);
+        assert!(refused.unwrap_err().message.len() < 200);
+    }
+
+    #[test]
+    fn a_publish_is_ephemeral_as_a_whole_or_not() {
+        let (yes, no) = (json!({"ephemeral": true}), json!({"ephemeral": false}));
+        let ephemeral = |extras: &[serde_json::Value]| {
+            admit(with_extras(extras), &ClientId::Any, 1000).map(|a| a.ephemeral)
+        };
+        assert_eq!(ephemeral(&[json!({})]), Ok(false));
+        assert_eq!(ephemeral(&[no.clone(), json!({})]), Ok(false));
+        assert_eq!(ephemeral(&[yes.clone(), yes.clone()]), Ok(true));
+        for mixed in [[yes.clone(), no], [json!({}), yes]] {
+            let error = ephemeral(&mixed).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidExtras, "{mixed:?}");
+        }
+    }
+
+    #[test]
+    fn privileged_extras_are_noticed_wherever_they_are() {
+        let privileged = |extras: &[serde_json::Value]| {
+            let admitted = admit(with_extras(extras), &ClientId::Any, 1000);
+            admitted.unwrap().privileged
+        };
+        assert!(!privileged(&[
+            json!({}),
+            json!({"headers": {"privileged": 1}})
+        ]));
+        for value in [json!({}), json!(null), json!(false)] {
+            assert!(privileged(&[json!({}), json!({"privileged": value})]));
+        }
+    }
+
+    #[test]
+    fn messages_of_a_publish_are_on_behalf_of_one_connection() {
+        let with_keys = |keys: &[Option<&str>]| -> Vec<Message> {
+            let message = |key: &Option<&str>| Message {
+                connection_key: key.map(str::to_owned),
+                ..Message::default()
+            };
+            keys.iter().map(message).collect()
+        };
+        let table: [(&[Option<&str>], Option<&str>); 4] = [
+            (&[], None),
+            (&[None, None], None),
+            (&[Some("k")], Some("k")),
+            (&[Some("k"), Some("k")], Some("k")),
+        ];
+        for (keys, taken) in table {
+            let mut messages = with_keys(keys);
+            let key = take_connection_key(&mut messages).unwrap();
+            assert_eq!(key.as_deref(), taken, "{keys:?}");
+            assert!(
+                messages
+                    .iter()
+                    .all(|message| message.connection_key.is_none())
+            );
+        }
+        let bad: [&[Option<&str>]; 4] = [
+            &[Some("k"), Some("l")],
+            &[Some("k"), None],
+            &[None, Some("k")],
+            &[Some("k"), Some("k"), None],
+        ];
+        for keys in bad {
+            let error = take_connection_key(&mut with_keys(keys)).unwrap_err();
+            assert_eq!(error.code, ErrorCode::InvalidConnectionKey, "{keys:?}");
+        }
     }
 }

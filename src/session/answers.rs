@@ -34,7 +34,8 @@ pub(super) enum Accepted {
 #[derive(Debug)]
 enum Outcome {
     Waiting,
-    Stored(Serial),
+    /// As this record; as none when it changed nothing.
+    Done(Option<Serial>),
     Refused(ErrorInfo),
 }
 
@@ -45,6 +46,8 @@ struct Owed {
     msg_serial: u64,
     frames: u64,
     messages: u16,
+    /// Places of messages that are not in the record, in order.
+    without: Vec<u16>,
     outcome: Outcome,
 }
 
@@ -105,6 +108,7 @@ impl Answers {
             msg_serial,
             frames: 1,
             messages: 0,
+            without: Vec::new(),
             outcome,
         });
         if full {
@@ -114,18 +118,27 @@ impl Answers {
         }
     }
 
-    /// The publish of this ticket is under way with so many messages.
-    pub(super) fn expect(&mut self, ticket: Ticket, messages: u16) {
+    /// The publish of this ticket is under way with so many messages, of which those at these places are no part of
+    /// the record.
+    pub(super) fn expect(&mut self, ticket: Ticket, messages: u16, without: Vec<u16>) {
         if let Some(owed) = self.waiting(ticket) {
             owed.messages = messages;
+            owed.without = without;
         }
     }
 
+    /// A ticket for a publish that the client did not ask for and hears nothing of.
+    pub(super) const fn silent_ticket(&mut self) -> Ticket {
+        let ticket = Ticket(self.next_ticket);
+        self.next_ticket += 1;
+        ticket
+    }
+
     /// Results of tickets that nobody waits for are ignored.
-    pub(super) fn resolve(&mut self, ticket: Ticket, outcome: Result<Serial, ErrorInfo>) {
+    pub(super) fn resolve(&mut self, ticket: Ticket, outcome: Result<Option<Serial>, ErrorInfo>) {
         if let Some(owed) = self.waiting(ticket) {
             owed.outcome = match outcome {
-                Ok(serial) => Outcome::Stored(serial),
+                Ok(serial) => Outcome::Done(serial),
                 Err(error) => Outcome::Refused(error),
             };
         }
@@ -144,7 +157,7 @@ impl Answers {
     pub(super) fn poll_frame(&mut self) -> Option<Frame> {
         match &self.owed.front()?.outcome {
             Outcome::Waiting => None,
-            Outcome::Stored(_) => self.ack(),
+            Outcome::Done(_) => self.ack(),
             Outcome::Refused(error) => {
                 let error = ErrorBody::from(error);
                 let owed = self.owed.pop_front()?;
@@ -162,16 +175,15 @@ impl Answers {
         let first = self.owed.front()?.msg_serial;
         let (mut res, mut serials) = (Vec::new(), 0);
         for (place, owed) in (0_u64..).zip(&self.owed) {
-            let Outcome::Stored(record) = owed.outcome else {
+            let Outcome::Done(record) = owed.outcome else {
                 break;
             };
             serials += u64::from(owed.messages);
             if owed.msg_serial - first != place || (!res.is_empty() && serials > ACK_SERIALS_MAX) {
                 break;
             }
-            let serials = (0..owed.messages).map(|offset| Some(record.message(offset).to_string()));
             res.push(PublishResult {
-                serials: serials.collect(),
+                serials: owed.serials(record),
             });
         }
         self.owed.drain(..res.len());
@@ -215,6 +227,16 @@ impl Answers {
 }
 
 impl Owed {
+    fn serials(&self, record: Option<Serial>) -> Vec<Option<String>> {
+        let mut offset = 0;
+        let serials = (0..self.messages).map(|place| {
+            let record = record.filter(|_| self.without.binary_search(&place).is_err())?;
+            offset += 1;
+            Some(record.message(offset - 1).to_string())
+        });
+        serials.collect()
+    }
+
     /// Whether a frame with this number can share this refusal for too many.
     fn is_followed_by(&self, msg_serial: u64) -> bool {
         let rate = matches!(&self.outcome, Outcome::Refused(e) if e.code == ErrorCode::ConnectionRateLimited);

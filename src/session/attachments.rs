@@ -3,142 +3,20 @@
 //! The owner works on one request per channel at a time; what the client asks meanwhile waits here, and only
 //! the newest of it: a client that has sent ATTACH after DETACH no longer waits for DETACHED, and would take one for a
 //! failure of its ATTACH.
+//!
+//! A connection is attached to a channel once. A client that writes its name in two ways (`a`, `[?rewind=1]a`) has the
+//! attachment under the newer one, and is told by ERROR that the older one is over.
 
 use std::collections::BTreeMap;
 use std::mem;
 
-use crate::auth::{Capability, Operation};
-use crate::session::Effect;
+use crate::auth::Capability;
+use crate::session::effect::{AttachOutcome, Continuity, Delivery, Effect};
+use crate::session::presence::Presence;
+use crate::session::sync;
+use crate::session::wanted::{Wanted, denied};
 use crate::types::{ChannelName, ErrorCode, ErrorInfo, Retry, Serial};
-use crate::wire::ably::{Action, ErrorBody, Frame, flags};
-
-/// Modes of a client that names none. Annotations belong to it in the protocol, but not on this server.
-const DEFAULT_MODES: u64 =
-    flags::PUBLISH | flags::SUBSCRIBE | flags::PRESENCE | flags::PRESENCE_SUBSCRIBE;
-
-/// Names of modes in `params.modes`.
-const MODE_NAMES: &[(&str, u64)] = &[
-    ("publish", flags::PUBLISH),
-    ("subscribe", flags::SUBSCRIBE),
-    ("presence", flags::PRESENCE),
-    ("presence_subscribe", flags::PRESENCE_SUBSCRIBE),
-    ("annotation_publish", flags::ANNOTATION_PUBLISH),
-    ("annotation_subscribe", flags::ANNOTATION_SUBSCRIBE),
-    ("object_publish", flags::OBJECT_PUBLISH),
-    ("object_subscribe", flags::OBJECT_SUBSCRIBE),
-];
-
-/// Whether an attachment continues where the client was.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Continuity {
-    /// It begins at the present, as asked.
-    Fresh,
-    /// It goes on after the client's serial; with `backlog` there are messages to catch up on.
-    Resumed { backlog: bool },
-    /// Messages after the client's serial are gone: it begins at the present.
-    Lost,
-}
-
-/// How an attachment began.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct AttachOutcome {
-    /// The serial after which messages follow, backlog included.
-    pub at: Serial,
-    pub continuity: Continuity,
-}
-
-/// An ATTACH that passed every check that needs no channel state.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Wanted {
-    modes: u64,
-    params: BTreeMap<String, String>,
-    from: Option<Serial>,
-    echo: bool,
-    /// The client sent a serial, but none of this cluster's.
-    foreign_serial: bool,
-}
-
-impl Wanted {
-    /// # Errors
-    /// `InvalidParameter` for an unknown mode, `CapabilityDenied` when nothing that is asked for is allowed.
-    pub(super) fn of_frame(
-        frame: &Frame,
-        channel: &ChannelName,
-        capability: &Capability,
-        echo: bool,
-    ) -> Result<Self, ErrorInfo> {
-        let modes = requested_modes(frame)? & permitted_modes(capability, channel);
-        if modes == 0 {
-            let text = format!("none of the requested modes is permitted on `{channel}`");
-            return Err(ErrorInfo::new(ErrorCode::CapabilityDenied, text));
-        }
-        let mut params = BTreeMap::new();
-        if frame.params.contains_key("modes") {
-            params.insert("modes".to_owned(), mode_names(modes));
-        }
-        // Only known values are kept: what is remembered per channel must not be the client's to size.
-        let own_echo = frame
-            .params
-            .get("echo")
-            .filter(|value| matches!(value.as_str(), "true" | "false"));
-        if let Some(echo) = own_echo {
-            params.insert("echo".to_owned(), echo.clone());
-        }
-        let serial = frame
-            .channel_serial
-            .as_deref()
-            .filter(|serial| !serial.is_empty());
-        let from = serial.and_then(|serial| serial.parse().ok());
-        Ok(Self {
-            modes,
-            params,
-            from,
-            echo: echo && own_echo.is_none_or(|echo| echo != "false"),
-            foreign_serial: serial.is_some() && from.is_none(),
-        })
-    }
-}
-
-fn requested_modes(frame: &Frame) -> Result<u64, ErrorInfo> {
-    if let Some(names) = frame.params.get("modes") {
-        return names.split(',').map(str::trim).try_fold(0, |modes, name| {
-            let known = MODE_NAMES
-                .iter()
-                .find(|(known, _)| known.eq_ignore_ascii_case(name));
-            let (_, mode) = known.ok_or_else(|| {
-                ErrorInfo::new(
-                    ErrorCode::InvalidParameter,
-                    "params.modes names an unknown mode",
-                )
-            })?;
-            Ok(modes | mode)
-        });
-    }
-    match frame.flags.unwrap_or_default() & flags::MODES {
-        0 => Ok(DEFAULT_MODES),
-        modes => Ok(modes),
-    }
-}
-
-fn permitted_modes(capability: &Capability, channel: &ChannelName) -> u64 {
-    let table = [
-        (
-            Operation::Subscribe,
-            flags::SUBSCRIBE | flags::PRESENCE_SUBSCRIBE,
-        ),
-        (Operation::Publish, flags::PUBLISH),
-        (Operation::Presence, flags::PRESENCE),
-    ];
-    let permitted = table
-        .iter()
-        .filter(|(operation, _)| capability.allows(*operation, channel));
-    permitted.fold(0, |modes, (_, more)| modes | more)
-}
-
-fn mode_names(modes: u64) -> String {
-    let granted = MODE_NAMES.iter().filter(|(_, mode)| modes & mode != 0);
-    granted.map(|(name, _)| *name).collect::<Vec<_>>().join(",")
-}
+use crate::wire::ably::{Action, ErrorBody, Frame, PresenceMessage, flags};
 
 /// What the owner is doing for a channel.
 #[derive(Debug)]
@@ -162,6 +40,8 @@ struct Attachment {
     then_detach: Option<bool>,
     /// To be done last.
     then_attach: Option<Wanted>,
+    /// The client asked for the members, and the owner is reading them.
+    syncing: bool,
 }
 
 /// Invariant: at most `max` channels; requests wait only while another is under way.
@@ -169,6 +49,7 @@ struct Attachment {
 pub(super) struct Attachments {
     channels: BTreeMap<ChannelName, Attachment>,
     max: usize,
+    syncs: u64,
 }
 
 impl Attachments {
@@ -176,6 +57,7 @@ impl Attachments {
         Self {
             channels: BTreeMap::new(),
             max,
+            syncs: 0,
         }
     }
 
@@ -186,58 +68,97 @@ impl Attachments {
         (!leaving).then_some(attachment.wanted.modes)
     }
 
+    /// What of the channel is to be written now; `None`: nothing.
+    pub(super) fn delivery(&self, channel: &ChannelName) -> Option<Delivery<'_>> {
+        let attachment = self.channels.get(channel)?;
+        let wanted = &attachment.wanted;
+        let began = matches!(
+            attachment.phase,
+            Phase::Live | Phase::Attaching { in_place: true }
+        );
+        began.then_some(Delivery {
+            name: &wanted.name,
+            messages: wanted.has(flags::SUBSCRIBE),
+            echo: wanted.echo,
+            presence: wanted.has(flags::PRESENCE_SUBSCRIBE),
+            occupancy: wanted.occupancy(),
+            modes: wanted.modes,
+        })
+    }
+
     pub(super) fn on_attach(&mut self, name: ChannelName, wanted: Wanted) -> Vec<Effect> {
         if let Some(attachment) = self.channels.get_mut(&name) {
-            return match attachment.phase {
-                Phase::Live => vec![attachment.start(&name, wanted, true)],
+            let mut effects = attachment.renamed(&wanted);
+            match attachment.phase {
+                Phase::Live => effects.push(attachment.start(&name, wanted, true)),
                 Phase::Attaching { .. } | Phase::Detaching { .. } => {
                     attachment.then_attach = Some(wanted);
-                    vec![]
                 }
-            };
+            }
+            return effects;
         }
         if self.channels.len() >= self.max {
             let text = format!("at most {} channels on one connection", self.max);
             let error = ErrorInfo::new(ErrorCode::TooManyChannels, text);
-            return vec![channel_error(name.as_str(), &error)];
+            return vec![channel_error(&wanted.name, &error)];
         }
-        let phase = Phase::Attaching { in_place: false };
+        let effect = wanted.attach(&name, false);
         let attachment = Attachment {
-            phase,
+            phase: Phase::Attaching { in_place: false },
             wanted,
             then_detach: None,
             then_attach: None,
+            syncing: false,
         };
-        let effect = attachment.attach(&name, false);
         self.channels.insert(name, attachment);
         vec![effect]
     }
 
     /// An ATTACH that is refused: the channel has failed for the client, so an attachment it had is given up.
-    pub(super) fn on_refused(&mut self, text: &str, error: &ErrorInfo) -> Vec<Effect> {
-        let mut effects = self.leave(text, false).unwrap_or_default();
+    pub(super) fn on_refused(
+        &mut self,
+        name: Option<&ChannelName>,
+        text: &str,
+        error: &ErrorInfo,
+        presence: &mut Presence,
+    ) -> Vec<Effect> {
+        let left = name.and_then(|name| self.leave(name, text, false, presence));
+        let mut effects = left.unwrap_or_default();
         effects.push(channel_error(text, error));
         effects
     }
 
     /// Always ends in DETACHED, unless an ATTACH overtakes it.
-    pub(super) fn on_detach(&mut self, text: &str) -> Vec<Effect> {
-        self.leave(text, true)
-            .unwrap_or_else(|| vec![detached(text, None)])
+    pub(super) fn on_detach(
+        &mut self,
+        name: Option<&ChannelName>,
+        text: &str,
+        presence: &mut Presence,
+    ) -> Vec<Effect> {
+        let left = name.and_then(|name| self.leave(name, text, true, presence));
+        left.unwrap_or_else(|| vec![detached(text, None)])
     }
 
-    /// `None` when there is nothing to leave.
-    fn leave(&mut self, text: &str, answer: bool) -> Option<Vec<Effect>> {
-        let name = ChannelName::parse(text).ok()?;
-        let attachment = self.channels.get_mut(&name)?;
-        attachment.then_attach = None;
+    /// `None` when there is nothing to leave that the client calls by this name.
+    fn leave(
+        &mut self,
+        name: &ChannelName,
+        text: &str,
+        answer: bool,
+        presence: &mut Presence,
+    ) -> Option<Vec<Effect>> {
+        let attachment = self.channels.get_mut(name)?;
+        if attachment.newest_name() != text {
+            return None;
+        }
+        // From now on the answer goes to whom the newest request came from.
+        if let Some(wanted) = attachment.then_attach.take() {
+            attachment.wanted.name = wanted.name;
+        }
         match &mut attachment.phase {
             Phase::Attaching { .. } => attachment.then_detach = Some(answer),
             Phase::Detaching { answer: owed } => *owed = answer,
-            Phase::Live => {
-                attachment.phase = Phase::Detaching { answer };
-                return Some(vec![Effect::Detach { channel: name }]);
-            }
+            Phase::Live => return Some(attachment.detach(name, answer, presence)),
         }
         Some(vec![])
     }
@@ -246,6 +167,8 @@ impl Attachments {
         &mut self,
         name: &ChannelName,
         outcome: AttachOutcome,
+        presence: &mut Presence,
+        now_ms: u64,
     ) -> Vec<Effect> {
         let Some(attachment) = self.channels.get_mut(name) else {
             return vec![];
@@ -253,31 +176,48 @@ impl Attachments {
         let Phase::Attaching { in_place } = attachment.phase else {
             return vec![];
         };
+        let found = !in_place && presence.found(name, &outcome.members);
         if let Some(answer) = attachment.then_detach.take() {
-            attachment.phase = Phase::Detaching { answer };
-            return vec![Effect::Detach {
-                channel: name.clone(),
-            }];
+            return attachment.detach(name, answer, presence);
         }
         attachment.phase = Phase::Live;
-        let mut effects = vec![attachment.attached(name, outcome, in_place)];
-        if let Some(wanted) = attachment.then_attach.take() {
-            effects.push(attachment.start(name, wanted, true));
+        let next = attachment.then_attach.take();
+        let mut effects = Vec::new();
+        if found {
+            effects.push(Effect::Attend {
+                channel: name.clone(),
+            });
         }
+        if next
+            .as_ref()
+            .is_none_or(|next| next.name == attachment.wanted.name)
+        {
+            self.syncs += 1;
+            let token = sync::token(now_ms, self.syncs);
+            effects.extend(attachment.attached(outcome, in_place, &token));
+        }
+        effects.extend(next.map(|wanted| attachment.start(name, wanted, true)));
         effects
     }
 
-    pub(super) fn on_detached(&mut self, name: &ChannelName) -> Vec<Effect> {
-        self.ended(name, |name| detached(name.as_str(), None))
+    pub(super) fn on_detached(
+        &mut self,
+        name: &ChannelName,
+        presence: &mut Presence,
+    ) -> Vec<Effect> {
+        self.ended(name, presence, |text| detached(text, None))
     }
 
-    pub(super) fn on_failed(&mut self, name: &ChannelName, error: &ErrorInfo) -> Vec<Effect> {
-        self.ended(name, |name| match error.code.retry() {
+    pub(super) fn on_failed(
+        &mut self,
+        name: &ChannelName,
+        error: &ErrorInfo,
+        presence: &mut Presence,
+    ) -> Vec<Effect> {
+        self.ended(name, presence, |text| match error.code.retry() {
             // A channel ERROR is for good; DETACHED makes the client try again, soon or after a pause.
-            Retry::Never => channel_error(name.as_str(), error),
-            Retry::Later | Retry::Unknown | Retry::WithNewToken => {
-                detached(name.as_str(), Some(error))
-            }
+            Retry::Never => channel_error(text, error),
+            Retry::Later | Retry::Unknown | Retry::WithNewToken => detached(text, Some(error)),
         })
     }
 
@@ -285,7 +225,8 @@ impl Attachments {
     fn ended(
         &mut self,
         name: &ChannelName,
-        unasked: impl Fn(&ChannelName) -> Effect,
+        presence: &mut Presence,
+        unasked: impl Fn(&str) -> Effect,
     ) -> Vec<Effect> {
         let Some(attachment) = self.channels.get_mut(name) else {
             return vec![];
@@ -300,20 +241,25 @@ impl Attachments {
             Phase::Attaching { .. } => attachment.then_detach,
             Phase::Live => None,
         };
+        let text = &attachment.wanted.name;
         let reply = match asked {
-            Some(true) => Some(detached(name.as_str(), None)),
+            Some(true) => Some(detached(text, None)),
             Some(false) => None,
-            None => Some(unasked(name)),
+            None => Some(unasked(text)),
         };
+        // Nobody is a member of a channel that its connection has left. After a failure that passes the client attaches again,
+        // and enters its members again.
         self.channels.remove(name);
-        reply.into_iter().collect()
+        presence.depart(name).into_iter().chain(reply).collect()
     }
 
     pub(super) fn on_discontinuity(
         &mut self,
         name: &ChannelName,
         at: Serial,
+        members: Vec<PresenceMessage>,
         error: &ErrorInfo,
+        now_ms: u64,
     ) -> Vec<Effect> {
         let Some(attachment) = self.channels.get(name) else {
             return vec![];
@@ -321,7 +267,58 @@ impl Attachments {
         if !matches!(attachment.phase, Phase::Live) {
             return vec![];
         }
-        vec![attachment.frame(name, at, 0, Some(error))]
+        self.syncs += 1;
+        let token = sync::token(now_ms, self.syncs);
+        attachment.tell(at, 0, Some(error), members, &token)
+    }
+
+    /// The client asks for the members.
+    pub(super) fn on_sync(&mut self, name: &ChannelName) -> Vec<Effect> {
+        match self.channels.get_mut(name) {
+            Some(attachment) if attachment.can_sync() && !attachment.syncing => {
+                attachment.syncing = true;
+                vec![Effect::Members {
+                    channel: name.clone(),
+                }]
+            }
+            _ => vec![],
+        }
+    }
+
+    /// The members that the client asked for; `None`: they cannot be read, and it has to ask again.
+    pub(super) fn on_members(
+        &mut self,
+        name: &ChannelName,
+        members: Option<Vec<PresenceMessage>>,
+        now_ms: u64,
+    ) -> Vec<Effect> {
+        let Some(attachment) = self.channels.get_mut(name) else {
+            return vec![];
+        };
+        let asked = mem::take(&mut attachment.syncing);
+        let Some(members) = members.filter(|_| asked && attachment.can_sync()) else {
+            return vec![];
+        };
+        self.syncs += 1;
+        let token = sync::token(now_ms, self.syncs);
+        let pages = sync::pages(&attachment.wanted.name, members, &token);
+        pages.into_iter().map(Effect::Send).collect()
+    }
+
+    /// The client may do more or less than before: recomputes the modes of every attachment.
+    pub(super) fn on_capability(
+        &mut self,
+        capability: &Capability,
+        presence: &mut Presence,
+    ) -> Vec<Effect> {
+        let names: Vec<ChannelName> = self.channels.keys().cloned().collect();
+        let mut effects = Vec::new();
+        for name in names {
+            if let Some(attachment) = self.channels.get_mut(&name) {
+                effects.extend(attachment.regrant(&name, capability, presence));
+            }
+        }
+        effects
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -347,8 +344,9 @@ impl Attachments {
                 Phase::Detaching { .. } => assert!(detach.is_none(), "{name}: two detaches"),
                 Phase::Attaching { .. } => {}
             }
-            assert_ne!(
-                attachment.wanted.modes, 0,
+            let leaving = matches!(attachment.phase, Phase::Detaching { .. }) || detach.is_some();
+            assert!(
+                leaving || attachment.wanted.modes != 0,
                 "{name}: attached without a mode"
             );
         }
@@ -356,24 +354,52 @@ impl Attachments {
 }
 
 impl Attachment {
+    /// What the client called the channel last.
+    fn newest_name(&self) -> &str {
+        &self.then_attach.as_ref().unwrap_or(&self.wanted).name
+    }
+
+    /// Tells the client that what it attached under another name is over, unless it is leaving that anyway.
+    fn renamed(&self, wanted: &Wanted) -> Vec<Effect> {
+        let leaving = self.then_attach.is_none()
+            && (self.then_detach.is_some() || matches!(self.phase, Phase::Detaching { .. }));
+        let former = self.newest_name();
+        if former == wanted.name {
+            return vec![];
+        }
+        if leaving {
+            return vec![detached(former, None)];
+        }
+        let text = format!(
+            "the channel was attached under another name, `{}`",
+            wanted.name
+        );
+        vec![channel_error(
+            former,
+            &ErrorInfo::new(ErrorCode::BadRequest, text),
+        )]
+    }
+
     fn start(&mut self, name: &ChannelName, wanted: Wanted, in_place: bool) -> Effect {
         self.phase = Phase::Attaching { in_place };
         self.wanted = wanted;
-        self.attach(name, in_place)
+        self.wanted.attach(name, in_place)
     }
 
-    fn attach(&self, name: &ChannelName, in_place: bool) -> Effect {
-        Effect::Attach {
+    fn detach(&mut self, name: &ChannelName, answer: bool, presence: &mut Presence) -> Vec<Effect> {
+        self.phase = Phase::Detaching { answer };
+        let mut effects: Vec<Effect> = presence.depart(name).into_iter().collect();
+        effects.push(Effect::Detach {
             channel: name.clone(),
-            // In place, the owner's cursor is right: the client's serial is older by what is on its way.
-            from: self.wanted.from.filter(|_| !in_place),
-            echo: self.wanted.echo,
-            subscribe: self.wanted.modes & flags::SUBSCRIBE != 0,
-            in_place,
-        }
+        });
+        effects
     }
 
-    fn attached(&mut self, name: &ChannelName, outcome: AttachOutcome, in_place: bool) -> Effect {
+    fn can_sync(&self) -> bool {
+        matches!(self.phase, Phase::Live) && self.wanted.has(flags::PRESENCE_SUBSCRIBE)
+    }
+
+    fn attached(&mut self, outcome: AttachOutcome, in_place: bool, token: &str) -> Vec<Effect> {
         let foreign = mem::take(&mut self.wanted.foreign_serial) && !in_place;
         let (flags, error) = match outcome.continuity {
             Continuity::Lost => (0, Some(ErrorCode::ContinuityLost.into())),
@@ -381,28 +407,97 @@ impl Attachment {
                 let text = "channelSerial is not one of this cluster; attached at the present";
                 (0, Some(ErrorInfo::new(ErrorCode::ContinuityLost, text)))
             }
-            Continuity::Fresh if in_place => (flags::RESUMED, None),
-            Continuity::Fresh => (0, None),
+            Continuity::Fresh { .. } if in_place => (flags::RESUMED, None),
+            Continuity::Fresh { backlog: true } => (flags::HAS_BACKLOG, None),
+            Continuity::Fresh { backlog: false } => (0, None),
             Continuity::Resumed { backlog: true } => (flags::RESUMED | flags::HAS_BACKLOG, None),
             Continuity::Resumed { backlog: false } => (flags::RESUMED, None),
         };
-        self.frame(name, outcome.at, flags, error.as_ref())
+        self.tell(outcome.at, flags, error.as_ref(), outcome.members, token)
     }
 
-    fn frame(
+    /// ATTACHED, and the members if the client wants them.
+    fn tell(
         &self,
-        name: &ChannelName,
         at: Serial,
         flags: u64,
         error: Option<&ErrorInfo>,
-    ) -> Effect {
-        Effect::Send(Frame {
+        members: Vec<PresenceMessage>,
+        token: &str,
+    ) -> Vec<Effect> {
+        let syncs = self.wanted.has(flags::PRESENCE_SUBSCRIBE) && !members.is_empty();
+        let presence = if syncs { flags::HAS_PRESENCE } else { 0 };
+        let attached = Frame {
             channel_serial: Some(at.to_string()),
-            flags: Some(self.wanted.modes | flags),
-            params: self.wanted.params.clone(),
+            flags: Some(self.wanted.modes | flags | presence),
+            params: self.wanted.params(),
             error: error.map(ErrorBody::from),
-            ..Frame::of_channel(Action::Attached, name.as_str())
-        })
+            ..Frame::of_channel(Action::Attached, &*self.wanted.name)
+        };
+        let mut frames = vec![attached];
+        if syncs {
+            frames.extend(sync::pages(&self.wanted.name, members, token));
+        }
+        frames.into_iter().map(Effect::Send).collect()
+    }
+
+    /// Brings the modes in line with a new capability. What is in force changes at once; what the owner has to do for
+    /// it is an attach in place, of which the client hears as of any other.
+    fn regrant(
+        &mut self,
+        name: &ChannelName,
+        capability: &Capability,
+        presence: &mut Presence,
+    ) -> Vec<Effect> {
+        let mut effects = Vec::new();
+        if let Some(wanted) = &mut self.then_attach {
+            wanted.grant(capability, name);
+            if wanted.modes == 0 {
+                effects.push(channel_error(&wanted.name, &denied(name)));
+                self.then_attach = None;
+                match &mut self.phase {
+                    Phase::Detaching { answer } => *answer = false,
+                    Phase::Attaching { .. } | Phase::Live => self.then_detach = Some(false),
+                }
+            }
+        }
+        if matches!(self.phase, Phase::Detaching { .. }) || self.then_detach.is_some() {
+            return effects;
+        }
+        let had_presence = self.wanted.has(flags::PRESENCE);
+        let changed = self.wanted.grant(capability, name);
+        if had_presence && !self.wanted.has(flags::PRESENCE) {
+            effects.extend(presence.depart(name));
+        }
+        if self.wanted.modes == 0 {
+            effects.extend(self.give_up(name, presence));
+        } else if changed {
+            match self.phase {
+                Phase::Live => effects.push(self.start(name, self.wanted.clone(), true)),
+                Phase::Attaching { .. } if self.then_attach.is_none() => {
+                    self.then_attach = Some(self.wanted.clone());
+                }
+                Phase::Attaching { .. } | Phase::Detaching { .. } => {}
+            }
+        }
+        effects
+    }
+
+    /// No mode is left: the channel has failed for the client, unless it has asked for something else since.
+    fn give_up(&mut self, name: &ChannelName, presence: &mut Presence) -> Vec<Effect> {
+        let error = channel_error(&self.wanted.name, &denied(name));
+        match self.phase {
+            Phase::Live => {
+                let mut effects = self.detach(name, false, presence);
+                effects.push(error);
+                effects
+            }
+            Phase::Attaching { .. } | Phase::Detaching { .. } => {
+                self.then_detach = Some(false);
+                let waits = self.then_attach.is_some();
+                (!waits).then_some(error).into_iter().collect()
+            }
+        }
     }
 }
 

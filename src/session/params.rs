@@ -22,6 +22,8 @@ pub struct ConnectParams {
     pub resume: Option<String>,
     /// The same, of another process's connection.
     pub recover: Option<String>,
+    /// How long its presence members stay after its socket is gone, in milliseconds; `None`: as long as anybody's.
+    pub remain_present_for_ms: Option<u64>,
 }
 
 impl Default for ConnectParams {
@@ -35,6 +37,7 @@ impl Default for ConnectParams {
             heartbeats: false,
             resume: None,
             recover: None,
+            remain_present_for_ms: None,
         }
     }
 }
@@ -58,6 +61,7 @@ impl ConnectParams {
                 "heartbeats" => params.heartbeats = value == "true",
                 "resume" => params.resume = some(value),
                 "recover" => params.recover = some(value),
+                "remainPresentFor" => params.remain_present_for_ms = value.parse().ok(),
                 _ => {}
             }
         }
@@ -114,6 +118,7 @@ mod tests {
             ("agent", "ably-js/2.28.0"),
             ("resume", "conn1!key"),
             ("echo", "false"),
+            ("remainPresentFor", "0"),
         ];
         let params = ConnectParams::from_query(query).unwrap();
         let expected = ConnectParams {
@@ -121,6 +126,7 @@ mod tests {
             client_id: Some("me".into()),
             echo: false,
             resume: Some("conn1!key".into()),
+            remain_present_for_ms: Some(0),
             ..ConnectParams::default()
         };
         assert_eq!(params, expected);

@@ -1,6 +1,9 @@
 //! Effects out for frames in, rule by rule: here how conversations begin and end, and what other tests share.
 
 mod attaching;
+mod authenticating;
+mod params;
+mod presence;
 mod publishing;
 mod random;
 
@@ -10,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::*;
 use crate::auth::{Capability, ClientId};
-use crate::wire::ably::{Format, decode, encode};
+use crate::wire::ably::{Format, Message, decode, encode, flags};
 
 const NOW: u64 = 1_000_000;
 const EVERYTHING: &str = r#"{"*":["*"]}"#;
@@ -26,6 +29,7 @@ fn opening(capability: &str, client_id: &str) -> Opening {
             key_id: "key".into(),
             client_id: ClientId::of_key(Some(client_id)).unwrap(),
             capability: Arc::new(Capability::parse(capability).unwrap()),
+            token: None,
         },
         limits: Limits {
             max_channels: 3,
@@ -34,6 +38,7 @@ fn opening(capability: &str, client_id: &str) -> Opening {
         },
         connection_id: "conn1".into(),
         connection_key: "conn1!key".into(),
+        resumed: false,
         resume_failed: None,
         node: NodeId(2),
     }
@@ -108,15 +113,22 @@ fn at(index: u64, continuity: Continuity) -> AttachOutcome {
     AttachOutcome {
         at: serial(index),
         continuity,
+        members: vec![],
     }
 }
 
-fn attach_effect(channel: &str, from: Option<Serial>, subscribe: bool, in_place: bool) -> Effect {
+const FRESH: Continuity = Continuity::Fresh { backlog: false };
+
+const ALL_MODES: u64 = 983_040;
+
+fn attach_effect(channel: &str, from: Option<Serial>, modes: u64, in_place: bool) -> Effect {
     Effect::Attach {
         channel: name(channel),
-        from,
+        start: from.map_or(Start::Present, Start::After),
         echo: true,
-        subscribe,
+        subscribe: modes & flags::SUBSCRIBE != 0,
+        presence_subscribe: modes & flags::PRESENCE_SUBSCRIBE != 0,
+        members: modes & (flags::PRESENCE | flags::PRESENCE_SUBSCRIBE) != 0,
         in_place,
     }
 }
@@ -124,8 +136,8 @@ fn attach_effect(channel: &str, from: Option<Serial>, subscribe: bool, in_place:
 /// Attaches a channel with default modes at serial 5.
 fn attach(session: &mut Session, channel: &str) {
     let effects = send(session, json!({"action": 10, "channel": channel}));
-    assert_eq!(effects, [attach_effect(channel, None, true, false)]);
-    session.handle_attached(&name(channel), at(5, Continuity::Fresh), NOW);
+    assert_eq!(effects, [attach_effect(channel, None, ALL_MODES, false)]);
+    session.handle_attached(&name(channel), at(5, FRESH), NOW);
     assert_eq!(sent(&drain(session))["action"], 11);
 }
 
@@ -136,7 +148,7 @@ fn published(effects: &[Effect]) -> (Ticket, String, Vec<Message>) {
             Effect::Publish {
                 ticket,
                 id,
-                messages,
+                content: Content::Messages(messages),
                 ..
             },
         ] => (*ticket, id.clone(), messages.clone()),

@@ -60,15 +60,26 @@ error_codes! {
     InvalidClientId       = 40012, 400, Never,        "invalid client id";
     InvalidMessageData    = 40013, 400, Never,        "invalid message data or encoding";
     UnsupportedVersion    = 40017, 400, Never,        "unsupported protocol version";
+    BatchFailed           = 40020, 400, Never,        "a part of the batch failed; see its results";
     InvalidPublish        = 40030, 400, Never,        "invalid publish request";
     InvalidMessageId      = 40031, 400, Never,        "invalid message id";
+    InvalidExtras         = 40032, 400, Never,        "invalid extras of a message";
     TooManyMessages       = 40034, 400, Never,        "too many messages in one publish";
     ForcedNack            = 40099, 400, Never,        "refused because the client asked for it";
     Unauthorized          = 40100, 401, Never,        "unauthorized";
     InvalidCredentials    = 40101, 401, Never,        "invalid credentials";
     IncompatibleCredentials = 40102, 401, Never,      "incompatible credentials";
+    TokenRequestTimestamp = 40104, 401, Never,        "timestamp of the token request is not current";
+    TokenRequestReplayed  = 40105, 401, Never,        "token request was used before";
+    KeyRevoked            = 40131, 401, Never,        "key was revoked";
+    WrongKeyForRevocation = 40133, 401, Never,        "tokens are revoked with the key that issued them only";
+    TokenRevoked          = 40141, 401, WithNewToken, "token was revoked";
+    TokenExpired          = 40142, 401, WithNewToken, "token has expired";
     TokenUnrecognized     = 40143, 401, WithNewToken, "token not recognised";
+    InvalidJwt            = 40144, 401, WithNewToken, "invalid JWT";
     CapabilityDenied      = 40160, 401, Never,        "operation not permitted by the capability";
+    RevocationNeedsKey    = 40162, 401, Never,        "tokens are revoked with a key, not with a token";
+    RevocationDisabled    = 40163, 401, Never,        "tokens of this key cannot be revoked";
     ModeDenied            = 40165, 401, Never,        "attachment was not granted this mode";
     NotFound              = 40400, 404, Never,        "not found";
     MethodNotAllowed      = 40500, 405, Never,        "method not allowed";
@@ -81,11 +92,16 @@ error_codes! {
     NoLeader              = 50320, 503, Later,        "no leader for the channel at the moment; nothing was stored";
     Draining              = 50310, 503, Later,        "node is shutting down; connect to another";
     Disconnected          = 80003, 400, Later,        "disconnected";
+    ResumeForbidden       = 80011, 400, Never,        "connection is another client's";
     ConnectionSuperseded  = 80016, 410, Never,        "another transport took this connection over";
     ResumeImpossible      = 80018, 400, Never,        "connection cannot be resumed";
     ContinuityLost        = 90003, 404, Never,        "messages after this serial are no longer retained";
+    AttachPointGone       = 90008, 400, Never,        "history up to the attachment is no longer retained";
     TooManyChannels       = 90010, 400, Never,        "too many channels on one connection";
-    PresenceUnsupported   = 91000, 400, Never,        "presence is not available on this server yet";
+    PresenceWithoutClientId = 91000, 400, Never,      "presence needs a client id";
+    PresenceNotAttached   = 91001, 400, Never,        "presence needs an attachment to the channel";
+    TooManyMembers        = 91003, 400, Never,        "too many presence members on the channel";
+    MessagesUnchangeable  = 93002, 400, Never,        "messages of the channel cannot be changed or annotated";
 }
 
 impl fmt::Display for ErrorCode {

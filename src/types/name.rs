@@ -8,9 +8,15 @@ use crate::types::AppId;
 /// Longest channel name in bytes of UTF-8.
 const NAME_BYTES_MAX: usize = 2048;
 
-/// A channel name that the protocol allows, without qualifier.
+/// What the name of a metachannel begins with: the server tells of itself there, and nobody else publishes.
+const META: &str = "[meta]";
+
+/// Metachannels of every app, without [`META`].
+const METACHANNELS: &[&str] = &["channel.lifecycle", "connection.lifecycle"];
+
+/// A channel name that the protocol allows, without qualifier; or a metachannel's.
 ///
-/// Invariant: 1 to 2048 bytes; does not start with `:`, `,`, `[` or white space; holds no control or
+/// Invariant: 1 to 2048 bytes; does not start with `:`, `,`, `[` or white space, metachannels aside; holds no control or
 /// line-separating character (client protocol §2.5.1).
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ChannelName(Arc<str>);
@@ -36,7 +42,9 @@ impl ChannelName {
         if text.len() > NAME_BYTES_MAX {
             return Err(InvalidChannelName::TooLong);
         }
-        if matches!(first, ':' | ',' | '[') || first.is_whitespace() {
+        let path = text.strip_prefix(META);
+        let is_meta = path.is_some_and(|path| METACHANNELS.contains(&path));
+        if !is_meta && (matches!(first, ':' | ',' | '[') || first.is_whitespace()) {
             return Err(InvalidChannelName::Start(first));
         }
         let separates = |c: char| c.is_control() || matches!(c, '\u{2028}' | '\u{2029}');
@@ -49,6 +57,24 @@ impl ChannelName {
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// Where channels tell that they open and close.
+    #[must_use]
+    pub fn channel_lifecycle() -> Self {
+        Self(format!("{META}{}", METACHANNELS[0]).into())
+    }
+
+    /// Where connections tell that they open and close.
+    #[must_use]
+    pub fn connection_lifecycle() -> Self {
+        Self(format!("{META}{}", METACHANNELS[1]).into())
+    }
+
+    /// The name after `[meta]`, of a metachannel.
+    #[must_use]
+    pub fn metachannel(&self) -> Option<&str> {
+        self.0.strip_prefix(META)
     }
 
     /// The text before the first `:`; the whole name where there is none.
@@ -99,6 +125,21 @@ mod tests {
             assert!(ChannelName::parse(bad).is_err(), "{bad:?}");
         }
         assert!(ChannelName::parse(&"x".repeat(2049)).is_err());
+    }
+
+    #[test]
+    fn metachannels_are_those_that_there_are() {
+        for name in [
+            ChannelName::channel_lifecycle(),
+            ChannelName::connection_lifecycle(),
+        ] {
+            assert_eq!(ChannelName::parse(name.as_str()).as_ref(), Ok(&name));
+            assert!(
+                name.metachannel()
+                    .is_some_and(|name| name.ends_with(".lifecycle"))
+            );
+        }
+        assert_eq!(ChannelName::parse("meta").unwrap().metachannel(), None);
     }
 
     #[test]

@@ -9,6 +9,8 @@
 mod frame;
 mod lenient;
 mod message;
+mod payload;
+mod presence;
 
 use std::io::Cursor;
 
@@ -17,7 +19,9 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 pub use frame::{Action, Auth, ConnectionDetails, ErrorBody, Frame, PublishResult, flags};
-pub use message::{Data, Message, MessageAction, Version};
+pub use message::{Message, MessageAction, Version};
+pub use payload::Data;
+pub use presence::{PresenceAction, PresenceMessage};
 
 use crate::types::{ErrorCode, ErrorInfo};
 
@@ -80,13 +84,31 @@ pub fn decode_messages(format: Format, bytes: &[u8]) -> Result<Vec<Message>, Dec
     decode_value::<message::OneOrMany>(format, bytes).map(|messages| messages.0)
 }
 
+/// The body of a request that brings frames: an array of them.
+///
+/// # Errors
+/// When the bytes are not exactly one value of this format with that shape.
+pub fn decode_frames(format: Format, bytes: &[u8]) -> Result<Vec<Frame>, DecodeError> {
+    decode_value(format, bytes)
+}
+
 /// The body of a page of messages: always an array.
 #[must_use]
 pub fn encode_messages(format: Format, messages: &[Message]) -> Bytes {
     encode_value(format, messages)
 }
 
-fn decode_value<T: DeserializeOwned>(format: Format, bytes: &[u8]) -> Result<T, DecodeError> {
+/// The body of a page of presence events or members: always an array.
+#[must_use]
+pub fn encode_presence(format: Format, presence: &[PresenceMessage]) -> Bytes {
+    encode_value(format, presence)
+}
+
+/// Any value that a door takes in the same two formats.
+///
+/// # Errors
+/// When the bytes are not exactly one value of this format with the shape of a `T`.
+pub fn decode_value<T: DeserializeOwned>(format: Format, bytes: &[u8]) -> Result<T, DecodeError> {
     let complain = |what: String| DecodeError(what.chars().take(COMPLAINT_CHARS_MAX).collect());
     match format {
         Format::Json => serde_json::from_slice(bytes).map_err(|e| complain(e.to_string())),

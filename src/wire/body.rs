@@ -1,4 +1,7 @@
-//! Messages as they are stored in a record's body, and as subscribers and history readers get them back.
+//! Messages as they are stored in a record's body, and as subscribers and history readers get them back; presence events
+//! likewise: see `presence`.
+
+mod presence;
 
 use bytes::Bytes;
 use prost::Message as _;
@@ -6,6 +9,8 @@ use prost::Message as _;
 use crate::types::{ErrorCode, ErrorInfo, Serial};
 use crate::wire::ably::{Action, Data, Frame, Message, MessageAction, Version};
 use crate::wire::entry;
+
+pub use presence::{decode_presence, encode_leaves, encode_presence, member, presence_frame};
 
 /// Why a stored body cannot be read. Never a client's fault: what was stored was checked.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +31,8 @@ impl From<BodyError> for ErrorInfo {
     }
 }
 
+type Extras = serde_json::Map<String, serde_json::Value>;
+
 /// Keeps id, name, data, encoding, client id and extras; the rest of a message belongs to its record or,
 /// like the connection key, to nobody.
 #[must_use]
@@ -40,12 +47,16 @@ pub fn encode_body(messages: &[Message]) -> Bytes {
 /// # Errors
 /// When the body is damaged or of a version that this build does not know.
 pub fn decode_body(body: &[u8]) -> Result<Vec<Message>, BodyError> {
-    // Decoding shares nothing with `body`: a subscriber that keeps a message must not keep a whole segment.
+    stored_messages(body)?.into_iter().map(restored).collect()
+}
+
+/// Decoding shares nothing with `body`: a subscriber that keeps a message must not keep a whole segment.
+fn stored_messages(body: &[u8]) -> Result<Vec<entry::Message>, BodyError> {
     let body = entry::Body::decode(body)?;
-    if body.version != entry::VERSION {
-        return Err(BodyError::Version(body.version));
+    match body.version {
+        entry::VERSION => Ok(body.messages),
+        version => Err(BodyError::Version(version)),
     }
-    body.messages.into_iter().map(restored).collect()
 }
 
 /// The MESSAGE frame that every subscriber of `channel` gets for one record. `channel` is the name as the
@@ -117,19 +128,36 @@ fn connection_id(publish: &entry::Publish) -> Option<String> {
 }
 
 fn stored(message: &Message) -> entry::Message {
-    let extras = message.extras.as_ref().map(|extras| {
-        serde_json::to_string(extras).expect("a JSON object has text keys, so it has a text")
-    });
     entry::Message {
         id: message.id.clone(),
         name: message.name.clone(),
         encoding: message.encoding.clone(),
         client_id: message.client_id.clone(),
-        extras,
-        data: message.data.as_ref().map(|data| match data {
-            Data::Text(text) => entry::message::Data::Text(text.clone()),
-            Data::Binary(bytes) => entry::message::Data::Binary(bytes.clone()),
-        }),
+        extras: message.extras.as_ref().map(extras_out),
+        data: message.data.as_ref().map(data_out),
+        ..entry::Message::default()
+    }
+}
+
+fn extras_out(extras: &Extras) -> String {
+    serde_json::to_string(extras).expect("a JSON object has text keys, so it has a text")
+}
+
+fn extras_in(extras: Option<&str>) -> Result<Option<Extras>, serde_json::Error> {
+    extras.map(serde_json::from_str).transpose()
+}
+
+fn data_out(data: &Data) -> entry::message::Data {
+    match data {
+        Data::Text(text) => entry::message::Data::Text(text.clone()),
+        Data::Binary(bytes) => entry::message::Data::Binary(bytes.clone()),
+    }
+}
+
+fn data_in(data: entry::message::Data) -> Data {
+    match data {
+        entry::message::Data::Text(text) => Data::Text(text),
+        entry::message::Data::Binary(bytes) => Data::Binary(bytes),
     }
 }
 
@@ -137,17 +165,10 @@ fn restored(message: entry::Message) -> Result<Message, BodyError> {
     Ok(Message {
         id: message.id,
         name: message.name,
-        data: message.data.map(|data| match data {
-            entry::message::Data::Text(text) => Data::Text(text),
-            entry::message::Data::Binary(bytes) => Data::Binary(bytes),
-        }),
+        data: message.data.map(data_in),
         encoding: message.encoding,
         client_id: message.client_id,
-        extras: message
-            .extras
-            .as_deref()
-            .map(serde_json::from_str)
-            .transpose()?,
+        extras: extras_in(message.extras.as_deref())?,
         ..Message::default()
     })
 }

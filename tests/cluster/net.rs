@@ -12,7 +12,7 @@ use firth::channel;
 use firth::cluster::{Clock, Cluster, Submitted};
 use firth::storage::Log;
 use firth::transport::{Transport, certs};
-use firth::types::{ChannelKey, ChannelName, GroupId, NodeId, Range, Serial, ShardId};
+use firth::types::{ChannelKey, ChannelName, GroupId, Kinds, NodeId, Range, Serial, ShardId};
 use firth::wire::entry;
 use tempfile::TempDir;
 use tokio::runtime::Handle;
@@ -654,7 +654,9 @@ async fn read_channel(
         newest_first: false,
         ..Range::ALL
     };
-    let mut refs = cluster.state(shard).range(key, &all, usize::MAX)?;
+    let mut refs = cluster
+        .state(shard)
+        .range(key, &all, Kinds::Both, usize::MAX)?;
     let mut records = Vec::with_capacity(refs.len());
     while !refs.is_empty() {
         let page = cluster.read_records(shard, refs.clone()).await?;

@@ -1,6 +1,7 @@
 //! What clusters are put through.
 
 mod losing;
+mod presence;
 mod purging;
 mod running;
 

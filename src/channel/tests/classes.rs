@@ -9,7 +9,9 @@ fn indexes(shard: &Shard, name: &str) -> Vec<u64> {
         newest_first: false,
         ..Range::ALL
     };
-    let refs = shard.range(&key(name), &oldest_first, 99).unwrap();
+    let refs = shard
+        .range(&key(name), &oldest_first, Kinds::Both, 99)
+        .unwrap();
     refs.iter().map(|r| r.serial.index).collect()
 }
 
@@ -71,7 +73,7 @@ fn an_ephemeral_record_is_resumed_over_but_no_history() {
     assert_eq!(indexes(&shard, "a"), [1, 3]);
     let resumed = shard.after(&key("a"), at(1, 0), 9).unwrap();
     assert_eq!(resumed.len(), 2);
-    let newest = shard.range(&key("a"), &Range::ALL, 1).unwrap();
+    let newest = shard.range(&key("a"), &Range::ALL, Kinds::Both, 1).unwrap();
     assert_eq!(newest[0].predecessor, Some(at(2, 0)), "the link shows it");
     apply(&mut shard, 4, 2 * MINUTE, vec![]);
     assert_eq!(shard.sizes(), (1, 0), "it asked for a day in vain");

@@ -6,6 +6,11 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::*;
+use gathering::{Event, Gathering};
+use steps::{Item, Post, Step, step};
+
+mod gathering;
+mod steps;
 
 const MIN_MS: u64 = 2 * MINUTE;
 const CHANNELS: u8 = 4;
@@ -21,6 +26,8 @@ struct Record {
     retention_ms: u64,
     bytes: u64,
     ephemeral: bool,
+    presence: bool,
+    count: u32,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -31,6 +38,7 @@ struct Channel {
     forget_ms: u64,
     retention_bytes: u64,
     last_only: bool,
+    gathering: Gathering,
 }
 
 /// What a shard should be.
@@ -52,6 +60,9 @@ enum Expected {
     Duplicate(Option<At>),
     Fenced,
     Gap,
+    Full,
+    Unchanged,
+    Invalid,
     Moved,
 }
 
@@ -76,7 +87,7 @@ impl Channel {
             };
             let bytes: u64 = self.records.iter().filter(aged).map(|r| r.bytes).sum();
             let too_much = self.retention_bytes > 0 && bytes > self.retention_bytes;
-            let replaced = self.last_only && self.records.len() > 1;
+            let replaced = self.last_only && self.records[1..].iter().any(|r| !r.presence);
             let by_rule = aged(&front) && (too_much || replaced);
             if !by_rule && front.stamp_ms + front.retention_ms.next_multiple_of(1000) > clock_ms {
                 return;
@@ -116,7 +127,8 @@ impl Reference {
         }
         let forgotten = &mut self.forgotten;
         self.channels.retain(|_, channel| {
-            let keep = !channel.records.is_empty() || channel.forget_ms > clock_ms;
+            let present = !channel.gathering.is_empty();
+            let keep = !channel.records.is_empty() || present || channel.forget_ms > clock_ms;
             if !keep {
                 *forgotten = (*forgotten).max(channel.head);
             }
@@ -146,12 +158,32 @@ impl Reference {
             *offset = source.offset;
         }
         let floor = self.forgotten;
+        let id = id_of(publish);
+        let known = self.channels.get(&publish.channel);
+        let mut gathering = known.map(|channel| channel.gathering.clone());
+        let mut gathering = gathering.take().unwrap_or_default();
+        let repeated = known.and_then(|channel| channel.records.iter().find(|r| r.id == id));
+        match &publish.presence {
+            Some(asked) if asked.changes.is_empty() => {
+                gathering.attend(publish, asked);
+                let channel = self.channels.get_mut(&publish.channel);
+                channel
+                    .into_iter()
+                    .for_each(|it| it.gathering = gathering.clone());
+                return Expected::Unchanged;
+            }
+            Some(asked) if repeated.is_none() => {
+                if let Err(refused) = gathering.change(at, self.clock_ms, publish, asked) {
+                    return refused;
+                }
+            }
+            _ => {}
+        }
         let channel = self.channels.entry(publish.channel.clone());
         let channel = channel.or_insert(Channel {
             floor,
             ..Channel::default()
         });
-        let id = id_of(publish);
         if let Some(first) = channel.records.iter().find(|record| record.id == id) {
             return Expected::Duplicate(Some(first.first));
         }
@@ -163,6 +195,7 @@ impl Reference {
         channel.forget_ms = self.clock_ms + retention_ms.next_multiple_of(1000) + 24 * 60 * MINUTE;
         channel.retention_bytes = publish.retention_bytes;
         channel.last_only = publish.last_only;
+        channel.gathering = gathering;
         channel.records.push(Record {
             id,
             first: at,
@@ -171,6 +204,8 @@ impl Reference {
             retention_ms,
             bytes: publish.body.len() as u64,
             ephemeral: publish.ephemeral,
+            presence: publish.presence.is_some(),
+            count: publish.count,
         });
         Expected::Stored
     }
@@ -195,95 +230,6 @@ impl Reference {
         let first = self.records().map(|record| record.now.0).min();
         first.map_or(self.applied, |first| first - 1)
     }
-}
-
-#[derive(Clone, Debug)]
-struct Post {
-    channel: u8,
-    id: u8,
-    /// 0: an id of the publisher's; 1: numbered by the connection; 2: from Kafka.
-    kind: u8,
-    epoch: u64,
-    offset: i64,
-    after: Option<i64>,
-    class: u8,
-    bytes: usize,
-}
-
-#[derive(Clone, Debug)]
-enum Item {
-    Post(Post),
-    /// Moves a retained record: the n-th of all, modulo their number; or pretends to.
-    Move(usize, u8),
-}
-
-#[derive(Clone, Debug)]
-enum Step {
-    Entry {
-        /// Milliseconds the clock moves on.
-        clock_ms: u64,
-        /// Milliseconds the proposer is behind it.
-        back_ms: u64,
-        items: Vec<Item>,
-        horizon: u8,
-        check: bool,
-    },
-    Skip,
-    Checkpoint,
-    /// From the last checkpoint, over the archive as it is now.
-    Restart,
-    /// From an outline; interrupted after so many entries by a restart (0) or another outline (1), or not.
-    Rebuild(u8, usize, u8),
-}
-
-fn item() -> impl Strategy<Value = Item> {
-    let post = (
-        (0..CHANNELS, 0..6_u8, 0..3_u8),
-        (1..3_u64, 0..9_i64, prop::option::of(0..9_i64)),
-        (0..8_u8, 0..60_usize),
-    );
-    let post = post.prop_map(
-        |((channel, id, kind), (epoch, offset, after), (class, bytes))| {
-            Item::Post(Post {
-                channel,
-                id,
-                kind,
-                epoch,
-                offset,
-                after,
-                class,
-                bytes,
-            })
-        },
-    );
-    prop_oneof![5 => post, 2 => (any::<usize>(), 0..8_u8).prop_map(|(n, how)| Item::Move(n, how))]
-}
-
-fn step() -> impl Strategy<Value = Step> {
-    let clock =
-        prop_oneof![6 => 0..50_000_u64, 2 => 100_000..140_000_u64, 1 => Just(25 * 60 * MINUTE)];
-    let back = prop_oneof![4 => Just(0), 1 => 1..60_000_u64];
-    let entry = (
-        clock,
-        back,
-        prop::collection::vec(item(), 0..6),
-        0..4_u8,
-        any::<bool>(),
-    );
-    let entry = entry.prop_map(|(clock_ms, back_ms, items, horizon, check)| Step::Entry {
-        clock_ms,
-        back_ms,
-        items,
-        horizon,
-        check,
-    });
-    prop_oneof![
-        12 => entry,
-        1 => Just(Step::Skip),
-        2 => Just(Step::Checkpoint),
-        1 => Just(Step::Restart),
-        1 => (0..9_u8, 0..20_usize, 0..3_u8).prop_map(|(max, after, how)| Step::Rebuild(max, after, how)),
-    ]
 }
 
 struct World {
@@ -328,7 +274,7 @@ impl World {
                 self.proposer_ms += clock_ms;
                 let publishes = items.into_iter().filter_map(|item| self.publish(item));
                 let entry = entry::Entry {
-                    version: entry::VERSION,
+                    version: entry::VERSION_MAX,
                     stamp_ms: self.proposer_ms - back_ms,
                     publishes: publishes.collect(),
                     horizon: match horizon {
@@ -370,6 +316,9 @@ impl World {
                 Expected::Duplicate(first) => Outcome::Duplicate(first.map(|(i, p)| at(i, p))),
                 Expected::Fenced => Outcome::Fenced,
                 Expected::Gap => Outcome::Gap,
+                Expected::Full => Outcome::Full,
+                Expected::Unchanged => Outcome::Unchanged,
+                Expected::Invalid => Outcome::Invalid,
                 Expected::Moved => Outcome::Moved,
             });
         assert_eq!(applied.outcomes, outcomes.collect::<Vec<_>>());
@@ -543,7 +492,55 @@ impl World {
                 self.agree_range(&name, &channel, *from, *to, limit);
             }
             assert_eq!(shard.channels.contains_key(&key(&name)), known);
+            assert_eq!(shard.members(&key(&name)), channel.gathering.members());
+            for (cursor, count) in cursors.iter().zip(0..) {
+                self.agree_rewind(&name, &channel, count, cursor.0 * 3000);
+            }
         }
+        self.agree_attended();
+    }
+
+    fn agree_attended(&self) {
+        let mut found = Vec::new();
+        for by in self.shard.attendants() {
+            let attended = self.shard.attended(by, 99);
+            assert!(!attended.is_empty(), "who attends nobody is forgotten");
+            found.extend(attended.into_iter().map(|it| (by, it)));
+        }
+        let channels = self.reference.channels.iter();
+        let expected = channels.flat_map(|(name, channel)| {
+            let attended = channel.gathering.attended();
+            attended.map(|(by, connection_id, members)| {
+                let key = key(name);
+                (
+                    by,
+                    Attended {
+                        key,
+                        connection_id,
+                        members,
+                    },
+                )
+            })
+        });
+        let mut expected: Vec<_> = expected.collect();
+        expected.sort_by_key(|(by, it)| (*by, it.key.clone(), it.connection_id.clone()));
+        assert_eq!(found, expected);
+    }
+
+    /// Milliseconds before the clock.
+    fn agree_rewind(&self, name: &str, channel: &Channel, count: usize, within_ms: u64) {
+        let since_ms = self.reference.clock_ms.saturating_sub(within_ms);
+        let messages = channel
+            .records
+            .iter()
+            .filter(|record| !record.ephemeral && !record.presence && record.stamp_ms >= since_ms);
+        let oldest = messages.rev().take(count).last();
+        let expected = oldest.map(|record| match record.first {
+            (index, 0) => at(index - 1, u16::MAX),
+            (index, position) => at(index, position - 1),
+        });
+        let found = self.shard.rewind(&key(name), count, since_ms);
+        assert_eq!(found.unwrap(), expected);
     }
 
     fn agree_after(&self, name: &str, channel: &Channel, cursor: At, limit: usize) {
@@ -582,23 +579,26 @@ impl World {
                     end_ms,
                     newest_first,
                 };
-                let mut expected: Vec<RecordRef> = refs(channel)
-                    .into_iter()
-                    .zip(&channel.records)
-                    .filter(|(r, record)| {
-                        !record.ephemeral
-                            && range.from.is_none_or(|from| r.serial >= from)
-                            && range.to.is_none_or(|to| r.serial <= to)
-                            && (start_ms..=end_ms).contains(&r.stamp_ms)
-                    })
-                    .map(|(r, _)| r)
-                    .collect();
-                if newest_first {
-                    expected.reverse();
+                for kinds in [Kinds::Messages, Kinds::Presence, Kinds::Both] {
+                    let mut expected: Vec<RecordRef> = refs(channel)
+                        .into_iter()
+                        .zip(&channel.records)
+                        .filter(|(r, record)| {
+                            !record.ephemeral
+                                && kinds.include(record.presence)
+                                && range.from.is_none_or(|from| r.serial >= from)
+                                && range.to.is_none_or(|to| r.serial <= to)
+                                && (start_ms..=end_ms).contains(&r.stamp_ms)
+                        })
+                        .map(|(r, _)| r)
+                        .collect();
+                    if newest_first {
+                        expected.reverse();
+                    }
+                    expected.truncate(limit);
+                    let found = self.shard.range(&key(name), &range, kinds, limit).unwrap();
+                    assert_eq!(found, expected, "{range:?} {kinds:?}");
                 }
-                expected.truncate(limit);
-                let found = self.shard.range(&key(name), &range, limit).unwrap();
-                assert_eq!(found, expected, "{range:?}");
             }
         }
     }
@@ -614,7 +614,8 @@ fn refs(channel: &Channel) -> Vec<RecordRef> {
         },
         predecessor: before.replace(record.first).map(|(i, p)| at(i, p)),
         stamp_ms: record.stamp_ms,
-        count: 1,
+        count: record.count,
+        presence: record.presence,
     });
     refs.collect()
 }
@@ -633,7 +634,7 @@ pub(super) fn canonical(shard: &Shard) -> Vec<u8> {
 
 impl Post {
     fn publish(self) -> entry::Publish {
-        let source = (self.kind == 2).then(|| entry::Source {
+        let source = (self.kind == 2 && self.presence.is_none()).then(|| entry::Source {
             bridge: "b".into(),
             topic: "t".into(),
             partition: i32::from(self.channel % 2),
@@ -652,7 +653,7 @@ impl Post {
             6 => (24 * 60 * MINUTE, 0, false, false),
             _ => (0, 0, false, false),
         };
-        entry::Publish {
+        let message = entry::Publish {
             connection_id: connection_id.into(),
             source,
             body: vec![0; self.bytes].into(),
@@ -661,6 +662,33 @@ impl Post {
             last_only,
             ephemeral,
             ..publish(&format!("c{}", self.channel), &format!("conn:{}", self.id))
+        };
+        let Some(asked) = self.presence else {
+            return message;
+        };
+        let connection_id = ["conn", "x", "y"][usize::from(self.kind)];
+        let numbered = if self.bytes < 45 {
+            connection_id
+        } else {
+            "own"
+        };
+        let body = entry::Body {
+            version: entry::VERSION,
+            messages: asked.events.iter().map(Event::message).collect(),
+        };
+        entry::Publish {
+            id: format!("{numbered}:{}", self.id),
+            connection_id: connection_id.into(),
+            count: u32::try_from(asked.events.len()).unwrap(),
+            body: body.encode_to_vec().into(),
+            presence: Some(entry::Presence {
+                changes: asked.events.iter().map(Event::change).collect(),
+                node: asked.node,
+                boot: 7,
+                if_attended: asked.if_attended,
+                members_max: asked.members_max,
+            }),
+            ..message
         }
     }
 }

@@ -80,7 +80,7 @@ fn an_outline_and_the_log_above_the_horizon_are_enough() {
         (3, 4, (2, 0))
     );
     assert!(copy.is_rebuilding());
-    let refused = copy.range(&key("a"), &Range::ALL, 9);
+    let refused = copy.range(&key("a"), &Range::ALL, Kinds::Both, 9);
     assert_eq!(refused, Err(ReadError::Rebuilding));
     let applied = copy.apply(4, log[3].clone()).unwrap();
     assert_eq!(

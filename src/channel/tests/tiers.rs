@@ -28,6 +28,7 @@ fn record(n: u64) -> Archived {
         bytes: 1,
         count: 1,
         ephemeral: false,
+        presence: false,
         key,
     }
 }
@@ -208,7 +209,7 @@ fn a_failing_archive_is_said_to_readers_and_stops_the_replica() {
     archive.broken.store(true, Ordering::Relaxed);
     let failed = Err(ReadError::Archive("broken".into()));
     assert_eq!(shard.after(&key("a"), at(0, 0), 9), failed);
-    assert_eq!(shard.range(&key("a"), &Range::ALL, 9), failed);
+    assert_eq!(shard.range(&key("a"), &Range::ALL, Kinds::Both, 9), failed);
     assert!(
         shard.after(&key("a"), at(1, 1), 9).is_ok(),
         "nothing of it is needed"
@@ -262,7 +263,7 @@ fn the_bytes_of_a_checkpoint_are_frozen() {
 
 const FROZEN_DIGEST: u64 = 9_412_079_315_066_095_169;
 const FROZEN: &str = "\
-    0802100318e80722340a036170701201611a040801100130e8f7b25238644a0418a8b10752170a04080110011001220d\
+    0803100318e80722340a036170701201611a040801100130e8f7b25238644a0418a8b10752170a04080110011001220d\
     0a040801100110e8073080a30522300a036170701201621a0208022a1d0a02080210e80720012a103553eb351adac70c\
     f5caa4fefa1caf8c307830a8e9a02922300a0361707012016b1a0208012a1d0a02080110e80720012a10ab49bf300d04\
     f6295065f1bdf7685998307830a8e9a0292a0a0a01621201742005280232040801100240025a070802100218e8076212\
@@ -291,5 +292,5 @@ fn bytes_that_are_no_checkpoint_are_refused() {
     );
     wire.version += 1;
     let newer = decode(wire.encode_to_vec());
-    assert_eq!(newer, InvalidCheckpoint::OtherVersion(3));
+    assert_eq!(newer, InvalidCheckpoint::OtherVersion(4));
 }

@@ -5,16 +5,18 @@ use std::collections::BTreeMap;
 use serde::{Serialize, Serializer};
 
 use crate::types::{ErrorCode, ErrorInfo};
-use crate::wire::ably::Message;
 use crate::wire::ably::lenient::{Natural, ParamText, Whole, from_map};
+use crate::wire::ably::{Message, PresenceMessage};
 
 /// Bits of [`Frame::flags`] (§2.3.3).
 pub mod flags {
     pub const HAS_PRESENCE: u64 = 1 << 0;
     pub const HAS_BACKLOG: u64 = 1 << 1;
     pub const RESUMED: u64 = 1 << 2;
+    pub const TRANSIENT: u64 = 1 << 4;
     /// Clients before 6.1.0 say with it that they were attached before.
     pub const ATTACH_RESUME: u64 = 1 << 5;
+    pub const HAS_OBJECTS: u64 = 1 << 7;
     pub const PRESENCE: u64 = 1 << 16;
     pub const PUBLISH: u64 = 1 << 17;
     pub const SUBSCRIBE: u64 = 1 << 18;
@@ -119,6 +121,9 @@ pub struct Frame {
     pub params: BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub messages: Vec<Message>,
+    /// Presence events, or members in SYNC.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub presence: Vec<PresenceMessage>,
     /// One element per `msgSerial` that an ACK answers.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub res: Vec<PublishResult>,
@@ -160,6 +165,7 @@ from_map!(Frame, "a frame (a map with an `action`)", {
     "flags" => flags: Natural,
     "params" => params: Params,
     "messages" => messages: Vec<Message>,
+    "presence" => presence: Vec<PresenceMessage>,
     "res" => res: Vec<PublishResult>,
     "auth" => auth: Auth,
 });
@@ -219,6 +225,9 @@ pub struct ConnectionDetails {
     /// Messages per second.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_inbound_rate: Option<u64>,
+    /// Messages per second.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_outbound_rate: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub connection_state_ttl: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -233,6 +242,7 @@ from_map!(ConnectionDetails, "connection details", {
     "maxMessageSize" => max_message_size: Natural,
     "maxFrameSize" => max_frame_size: Natural,
     "maxInboundRate" => max_inbound_rate: Natural,
+    "maxOutboundRate" => max_outbound_rate: Natural,
     "connectionStateTtl" => connection_state_ttl: Natural,
     "maxIdleInterval" => max_idle_interval: Natural,
     "serverId" => server_id: String,

@@ -1,50 +1,15 @@
-//! One message: what an application publishes, and its data in both formats.
+//! One message: what an application publishes.
 
 use std::borrow::Cow;
 use std::fmt;
 
-use base64::alphabet;
-use base64::engine::general_purpose::{GeneralPurpose, GeneralPurposeConfig};
-use base64::engine::{DecodePaddingMode, Engine};
-use bytes::Bytes;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer};
-use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 use crate::wire::ably::lenient::{Natural, Whole, from_map};
-
-/// The last encoding step of binary data in JSON.
-const BASE64: &str = "base64";
-
-/// Standard alphabet; written with padding, read with or without.
-const BASE64_CODEC: GeneralPurpose = GeneralPurpose::new(
-    &alphabet::STANDARD,
-    GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
-);
-
-/// A message's payload as it is between the formats: the same whichever format it came in.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Data {
-    Text(String),
-    Binary(Bytes),
-}
-
-impl Data {
-    /// Bytes of the payload itself, without what a format adds.
-    #[must_use]
-    pub const fn len(&self) -> usize {
-        match self {
-            Self::Text(text) => text.len(),
-            Self::Binary(bytes) => bytes.len(),
-        }
-    }
-
-    #[must_use]
-    pub const fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
+use crate::wire::ably::payload::{self, Data, DataToWrite, WireData};
 
 /// What a message does to the channel (§2.3.6).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -139,139 +104,14 @@ impl Message {
     /// Bytes that count against the limit of one publish: name, client id, data and extras as JSON (TM6).
     #[must_use]
     pub fn size(&self) -> usize {
-        let text = |text: &Option<String>| text.as_ref().map_or(0, String::len);
-        let extras = self
-            .extras
-            .as_ref()
-            .map_or(0, |extras| json_text(extras).len());
-        let data = self.data.as_ref().map_or(0, Data::len);
-        text(&self.name) + text(&self.client_id) + data + extras
+        let texts = [&self.name, &self.client_id];
+        payload::size(texts, self.data.as_ref(), self.extras.as_ref())
     }
 
     /// Whether the encoding promises base64 that the data is not.
     #[must_use]
     pub fn has_invalid_base64(&self) -> bool {
-        self.data.is_some()
-            && self
-                .encoding
-                .as_deref()
-                .is_some_and(|e| strip_step(e, BASE64).is_some())
-    }
-
-    /// Brings what a format allows into the one form kept inside.
-    fn normalise(&mut self, wire_data: Option<WireData>) {
-        self.data = wire_data.map(|data| match data {
-            WireData::Plain(data) => data,
-            WireData::Json(text) => {
-                let encoding = self.encoding.take().unwrap_or_default();
-                self.encoding = Some(match strip_step(&encoding, "json") {
-                    Some(_) => encoding,
-                    None => with_step(&encoding, "json"),
-                });
-                Data::Text(text)
-            }
-        });
-        while let (Some(data), Some(encoding)) = (&self.data, &self.encoding) {
-            let Some(rest) = strip_step(encoding, BASE64) else {
-                break;
-            };
-            let text = match data {
-                Data::Text(text) => text.as_bytes(),
-                Data::Binary(bytes) => bytes,
-            };
-            let Ok(bytes) = BASE64_CODEC.decode(text) else {
-                break;
-            };
-            let rest = (!rest.is_empty()).then(|| rest.to_owned());
-            self.data = Some(Data::Binary(bytes.into()));
-            self.encoding = rest;
-        }
-        if self.encoding.as_deref() == Some("") {
-            self.encoding = None;
-        }
-    }
-}
-
-/// What precedes the last step of an encoding, if that is `step`.
-fn strip_step<'a>(encoding: &'a str, step: &str) -> Option<&'a str> {
-    let rest = encoding.strip_suffix(step)?;
-    if rest.is_empty() {
-        Some(rest)
-    } else {
-        rest.strip_suffix('/')
-    }
-}
-
-fn with_step(encoding: &str, step: &str) -> String {
-    if encoding.is_empty() {
-        step.to_owned()
-    } else {
-        format!("{encoding}/{step}")
-    }
-}
-
-fn json_text(extras: &Map<String, Value>) -> String {
-    serde_json::to_string(extras).expect("a JSON object has text keys, so it has a text")
-}
-
-/// Data as a decoder meets it. `Json` is the text of a value that should have been text or binary.
-#[derive(Debug)]
-enum WireData {
-    Plain(Data),
-    Json(String),
-}
-
-impl<'de> Deserialize<'de> for WireData {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct DataVisitor;
-
-        impl<'de> Visitor<'de> for DataVisitor {
-            type Value = WireData;
-
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("text, binary or a JSON value")
-            }
-
-            fn visit_str<E: Error>(self, text: &str) -> Result<WireData, E> {
-                self.visit_string(text.to_owned())
-            }
-
-            fn visit_string<E: Error>(self, text: String) -> Result<WireData, E> {
-                Ok(WireData::Plain(Data::Text(text)))
-            }
-
-            fn visit_bytes<E: Error>(self, bytes: &[u8]) -> Result<WireData, E> {
-                Ok(WireData::Plain(Data::Binary(Bytes::copy_from_slice(bytes))))
-            }
-
-            fn visit_bool<E: Error>(self, value: bool) -> Result<WireData, E> {
-                Ok(WireData::Json(value.to_string()))
-            }
-
-            fn visit_i64<E: Error>(self, value: i64) -> Result<WireData, E> {
-                Ok(WireData::Json(value.to_string()))
-            }
-
-            fn visit_u64<E: Error>(self, value: u64) -> Result<WireData, E> {
-                Ok(WireData::Json(value.to_string()))
-            }
-
-            fn visit_f64<E: Error>(self, value: f64) -> Result<WireData, E> {
-                Ok(WireData::Json(Value::from(value).to_string()))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<WireData, A::Error> {
-                let value = Value::deserialize(SeqAccessDeserializer::new(seq))?;
-                Ok(WireData::Json(value.to_string()))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, map: A) -> Result<WireData, A::Error> {
-                let value = Value::deserialize(MapAccessDeserializer::new(map))?;
-                Ok(WireData::Json(value.to_string()))
-            }
-        }
-
-        deserializer.deserialize_any(DataVisitor)
+        payload::has_invalid_base64(self.data.as_ref(), self.encoding.as_deref())
     }
 }
 
@@ -310,11 +150,12 @@ from_map!(Written, "a message (a map)", {
 impl<'de> Deserialize<'de> for Message {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let written = Written::deserialize(deserializer)?;
-        let mut message = Self {
+        let (data, encoding) = payload::normalise(written.data, written.encoding);
+        Ok(Self {
             id: written.id,
             name: written.name,
-            data: None,
-            encoding: written.encoding,
+            data,
+            encoding,
             client_id: written.client_id,
             connection_id: written.connection_id,
             connection_key: written.connection_key,
@@ -323,9 +164,7 @@ impl<'de> Deserialize<'de> for Message {
             action: written.action,
             serial: written.serial,
             version: written.version,
-        };
-        message.normalise(written.data);
-        Ok(message)
+        })
     }
 }
 
@@ -356,33 +195,13 @@ struct ToWrite<'a> {
     version: Option<&'a Version>,
 }
 
-enum DataToWrite<'a> {
-    Text(Cow<'a, str>),
-    Binary(&'a [u8]),
-}
-
-impl Serialize for DataToWrite<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            Self::Text(text) => serializer.serialize_str(text),
-            Self::Binary(bytes) => serializer.serialize_bytes(bytes),
-        }
-    }
-}
-
 impl Serialize for Message {
-    /// A human-readable format is JSON here: there, binary data is base64 text.
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let mut encoding = self.encoding.as_deref().map(Cow::Borrowed);
-        let data = self.data.as_ref().map(|data| match data {
-            Data::Text(text) => DataToWrite::Text(Cow::Borrowed(text)),
-            Data::Binary(bytes) if serializer.is_human_readable() => {
-                let steps = self.encoding.as_deref().unwrap_or_default();
-                encoding = Some(Cow::Owned(with_step(steps, BASE64)));
-                DataToWrite::Text(Cow::Owned(BASE64_CODEC.encode(bytes)))
-            }
-            Data::Binary(bytes) => DataToWrite::Binary(bytes),
-        });
+        let (data, encoding) = payload::written(
+            self.data.as_ref(),
+            self.encoding.as_deref(),
+            serializer.is_human_readable(),
+        );
         ToWrite {
             id: self.id.as_deref(),
             name: self.name.as_deref(),

@@ -1,5 +1,7 @@
 //! Golden frames as official client libraries wrote them, round trips, and bytes that mean harm.
 
+mod vectors;
+
 use proptest::collection::{btree_map, vec};
 use proptest::option;
 use proptest::prelude::*;
@@ -143,6 +145,7 @@ fn server_frames_are_written_as_captured() {
         max_message_size: Some(65536),
         max_frame_size: Some(524_288),
         max_inbound_rate: Some(250),
+        max_outbound_rate: None,
         connection_state_ttl: Some(120_000),
         max_idle_interval: Some(15_000),
         server_id: Some("fake".into()),
@@ -260,6 +263,49 @@ fn json_values_as_data_become_their_text() {
 }
 
 #[test]
+fn presence_is_read_as_clients_write_it() {
+    let packed = msgpack_frame(CLIENT_FRAMES[4].0);
+    let expected = PresenceMessage {
+        action: Some(PresenceAction::Enter),
+        data: Some(Data::Text("hi".into())),
+        ..PresenceMessage::default()
+    };
+    assert_eq!(packed.presence, [expected]);
+    // An older client enters again, with the id of another connection.
+    let old = json_frame(
+        r#"{"action":14,"channel":"c","presence":[{"id":"conn1:3:0","clientId":"me","action":2.0,"data":null,"new":1}],"msgSerial":0}"#,
+    );
+    let expected = PresenceMessage {
+        id: Some("conn1:3:0".into()),
+        action: Some(PresenceAction::Enter),
+        client_id: Some("me".into()),
+        ..PresenceMessage::default()
+    };
+    assert_eq!(old.presence, [expected]);
+    let values = json_frame(
+        r#"{"action":14,"presence":[{"data":{"k":1}},{"data":"/wA","encoding":"base64"},{"data":"*","encoding":"base64"},{"action":9}]}"#,
+    );
+    let [value, binary, garbled, unknown] = &values.presence[..] else {
+        panic!("{values:?}")
+    };
+    assert_eq!(value.data, Some(Data::Text(r#"{"k":1}"#.into())));
+    assert_eq!(value.encoding.as_deref(), Some("json"));
+    assert_eq!((binary.size(), binary.encoding.as_deref()), (2, None));
+    assert!(garbled.has_invalid_base64() && !binary.has_invalid_base64());
+    assert_eq!(unknown.action, Some(PresenceAction::Unknown(9)));
+    for bad in [
+        r#"{"presence":{}}"#,
+        r#"{"presence":[{"action":"enter"}]}"#,
+        r#"{"presence":[[2]]}"#,
+        r#"{"presence":[{"extras":[]}]}"#,
+    ] {
+        assert!(decode(Format::Json, bad.as_bytes()).is_err(), "{bad}");
+    }
+    let page = encode_presence(Format::Json, &values.presence[1..2]);
+    assert_eq!(page, r#"[{"data":"/wA=","encoding":"base64"}]"#);
+}
+
+#[test]
 fn a_rest_body_in_msgpack_as_captured() {
     let hex = "9285a46e616d65a178a464617461a131a26964ae7464425577614f766b572b6c3a30a6616374696f6e00a473697a650286a46e616d65a179a464617461a77b226b223a317da26964ae7464425577614f766b572b6c3a31a6616374696f6e00a8656e636f64696e67a46a736f6ea473697a6508";
     let read = decode_messages(Format::MsgPack, &unhex(hex)).unwrap();
@@ -362,6 +408,7 @@ fn depth_bombs_cost_an_error_not_the_stack() {
         r#"{"x":"#,
         r#"{"params":{"x":"#,
         r#"{"messages":[{"data":"#,
+        r#"{"presence":[{"data":"#,
         r#"{"messages":[{"extras":{"a":"#,
     ] {
         for open in ["[", r#"{"a":"#] {
@@ -457,6 +504,19 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
         )
 }
 
+pub(crate) fn presence() -> impl Strategy<Value = PresenceMessage> {
+    (message(), option::of(0..6_i64)).prop_map(|(message, action)| PresenceMessage {
+        id: message.id,
+        action: action.map(PresenceAction::from_number),
+        client_id: message.client_id,
+        connection_id: message.connection_id,
+        data: message.data,
+        encoding: message.encoding,
+        extras: message.extras,
+        timestamp: message.timestamp,
+    })
+}
+
 fn frame() -> impl Strategy<Value = Frame> {
     let texts = (
         option::of(text()),
@@ -488,7 +548,7 @@ fn frame() -> impl Strategy<Value = Frame> {
     let auth = option::of(option::of(text()).prop_map(|access_token| Auth { access_token }));
     let lists = (
         btree_map(text(), text(), 0..3),
-        vec(message(), 0..4),
+        (vec(message(), 0..4), vec(presence(), 0..4)),
         res,
         auth,
     );
@@ -522,7 +582,8 @@ fn frame() -> impl Strategy<Value = Frame> {
                 flags: numbers.3,
                 error,
                 params: lists.0,
-                messages: lists.1,
+                messages: lists.1.0,
+                presence: lists.1.1,
                 res: lists.2,
                 auth: lists.3,
             },

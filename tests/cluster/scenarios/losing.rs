@@ -106,14 +106,18 @@ fn segments(net: &Net, id: u64) -> Vec<String> {
     segments
 }
 
-/// Flips a bit in the middle of a segment that is not the newest one, and names it.
+/// Flips a bit about the middle of a segment that is not the newest one, and names it.
 fn damage(net: &Net, id: u64) -> String {
     let disk = net.disk(id);
     let segments = segments(net, id);
     assert!(segments.len() > 3, "the log has rolled: {segments:?}");
     let sealed = &segments[segments.len() / 2];
-    let middle = disk.memory().bytes(sealed).len() as u64 / 2;
-    disk.memory().flip_bit(sealed, 8 * middle + 4);
+    // A segment that ended early has nothing in its middle, and nobody looks there.
+    let bytes = disk.memory().bytes(sealed);
+    let until_middle = &bytes[..bytes.len() / 2];
+    let written = until_middle.iter().rposition(|byte| *byte != 0);
+    let at = written.expect("something was written") as u64;
+    disk.memory().flip_bit(sealed, 8 * at + 4);
     sealed.clone()
 }
 

@@ -135,6 +135,21 @@ export class Cluster {
     await until(() => !alive(pid), { what: `node ${id} (process ${pid}) to be gone`, every: 2 });
   }
 
+  /** `kill -9` of a node, `body` without it, and its restart whatever comes of that. */
+  async without(id, body) {
+    await this.kill(id);
+    try {
+      return await body();
+    } finally {
+      await this.restart(id);
+    }
+  }
+
+  /** The numbers of the other nodes. */
+  others(id) {
+    return this.nodes.map((node) => node.id).filter((other) => other !== id);
+  }
+
   /** Starts a killed node again by its own command and waits until it serves. */
   async restart(id, { serving = true } = {}) {
     const node = this.node(id);

@@ -1,7 +1,9 @@
-// The official JavaScript SDK, pointed at one node or at all of them, with what every test wants of it.
+// The official JavaScript SDK, of both generations, pointed at one node or at all of them, with what every test wants of it.
 
 import Ably from 'ably';
+import Ably1 from 'ably-1';
 
+import { Line } from './line.mjs';
 import { inParallel, inTime, until } from './wait.mjs';
 
 // A test has no 15 s to wait for the SDK's second attempt; nothing else of the SDK's behaviour is changed.
@@ -10,6 +12,7 @@ const IMPATIENT = { disconnectedRetryTimeout: 200, suspendedRetryTimeout: 500, c
 /** Makes SDK clients and closes them all at the end of a scenario. */
 export class Clients {
   #open = [];
+  #lines = [];
 
   constructor(cluster) {
     this.cluster = cluster;
@@ -27,26 +30,55 @@ export class Clients {
     return client;
   }
 
-  /** A realtime client that is connecting. */
-  create(options) {
-    const client = new Ably.Realtime({ ...this.#options(options), ...IMPATIENT, ...options });
+  /** A connected client behind a load balancer: of node `id` while that lives, then of another. `{client, line}`. */
+  async roaming(id, options = {}) {
+    const line = await this.line(id);
+    return { line, client: await this.connect({ port: line.port, ...options }) };
+  }
+
+  /** A way to node `id`, closed with the clients. */
+  async line(id) {
+    const line = await Line.open(this.cluster, id);
+    this.#lines.push(line);
+    return line;
+  }
+
+  /** A realtime client that is connecting. `sdk` is the SDK's generation, 2 or 1. */
+  create({ sdk = 2, ...options }) {
+    const Realtime = sdk === 1 ? Ably1.Realtime.Promise : Ably.Realtime;
+    const client = new Realtime(this.#options(sdk, { ...IMPATIENT, ...options }));
     this.#open.push(client);
     return client;
   }
 
   /** A REST client of node `id`. */
-  rest(id, options = {}) {
-    return new Ably.Rest(this.#options({ port: this.cluster.port(id), ...options }));
+  rest(id, { sdk = 2, ...options } = {}) {
+    const Rest = sdk === 1 ? Ably1.Rest.Promise : Ably.Rest;
+    return new Rest(this.#options(sdk, { port: this.cluster.port(id), ...options }));
   }
 
   closeAll() {
     for (const client of this.#open.splice(0)) client.close();
+    for (const line of this.#lines.splice(0)) line.close();
   }
 
-  #options(options) {
+  #options(sdk, options) {
     const quiet = { logLevel: 0, disableConnectivityCheck: true };
-    return { key: this.cluster.key, endpoint: '127.0.0.1', tls: false, useBinaryProtocol: true, ...quiet, ...options };
+    const where = sdk === 1 ? { restHost: '127.0.0.1', realtimeHost: '127.0.0.1' } : { endpoint: '127.0.0.1' };
+    // Whoever brings other credentials does not want the key.
+    const credential = ['token', 'tokenDetails', 'authCallback', 'authUrl'].some((name) => name in options)
+      ? {} : { key: this.cluster.key };
+    // Two hosts at once are refused by the SDK, so what a caller says replaces both names.
+    if ('endpoint' in options) delete where.endpoint;
+    return { ...credential, ...where, tls: false, useBinaryProtocol: true, ...quiet, ...options };
   }
+}
+
+/** What `promise` fails with; an error when it does not. */
+export async function refusal(promise, what = 'a refusal') {
+  const answer = await inTime(Promise.resolve(promise).then((value) => ({ value }), (error) => ({ error })), { what });
+  if (!answer.error) throw new Error(`${what}: it was allowed, with ${JSON.stringify(answer.value)}`);
+  return answer.error;
 }
 
 /** Waits for the SDK to be connected; an error with the server's reason when it gives up. */
