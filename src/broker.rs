@@ -40,6 +40,18 @@ pub struct Broker {
     hub: Arc<Hub>,
 }
 
+/// Members of one connection on a channel.
+#[derive(Clone, Debug)]
+pub struct Attended(channel::Attended);
+
+impl Attended {
+    /// Where, and of which connection.
+    #[must_use]
+    pub fn place(&self) -> (ChannelKey, String) {
+        (self.0.key.clone(), self.0.connection_id.clone())
+    }
+}
+
 /// One attachment, for as long as it is counted.
 #[derive(Debug)]
 pub struct Occupying(cluster::Occupying);
@@ -216,6 +228,19 @@ impl Broker {
     #[must_use]
     pub fn left_id() -> String {
         cluster::left_id()
+    }
+
+    /// Up to `limit` connections on channels that the log says this process attends, of those that `filter` takes.
+    #[must_use]
+    pub fn attended_here(&self, filter: impl Fn(&str) -> bool, limit: usize) -> Vec<Attended> {
+        let attended = self.cluster.attended_here(filter, limit).into_iter();
+        attended.map(Attended).collect()
+    }
+
+    /// Has these members leave, unless another process attends them by now. How many left.
+    pub async fn let_go_here(&self, attended: Vec<Attended>) -> usize {
+        let attended = attended.into_iter().map(|Attended(it)| it);
+        self.cluster.let_go_here(attended.collect()).await
     }
 
     /// Says that this process attends the members that the connection has in the channel, if it has any.

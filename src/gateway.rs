@@ -119,18 +119,18 @@ impl Gateway {
 
     /// Serves until `tasks` is stopped. Clients are then told to go elsewhere.
     pub fn serve(self, broker: Broker, tasks: &Tasks) {
+        let live = Live::default();
         let door = Door {
             keys: Keys::new(&broker, tasks),
-            live: Live::default(),
+            live: live.clone(),
             comets: Comets::new(self.options.connections_max),
-            departures: Departures::new(broker.clone(), tasks.clone()),
+            departures: Departures::new(broker.clone(), live.clone(), tasks.clone()),
             lifecycle: Lifecycle::start(&broker, tasks),
             limits: self.options.limits.clone(),
             members_max: self.options.members_max,
             tasks: tasks.clone(),
             broker,
         };
-        let live = door.live.clone();
         (door.broker).on_taken(move |id, at_ms, by| live.taken_elsewhere(id, at_ms, by));
         let router = rest::router(door);
         let connections = Arc::new(Semaphore::new(self.options.connections_max));

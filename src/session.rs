@@ -407,6 +407,21 @@ impl Session {
         self.handle_tick(now_ms);
     }
 
+    /// A presence publish of this connection was stored before, and what came since may have undone it: `members` are those
+    /// of the channel now. Own ones that are missing are entered again, as in [`Session::handle_member_left`].
+    pub fn handle_repeated(
+        &mut self,
+        channel: &ChannelName,
+        members: &[PresenceMessage],
+        now_ms: u64,
+    ) {
+        if !self.closed && self.presence.reconcile(channel, members) {
+            self.enter_again(channel.clone());
+            self.check_invariants();
+        }
+        self.handle_tick(now_ms);
+    }
+
     /// What became of the token of an [`Effect::Authenticate`]: who the client is now, or why it is not believed.
     pub fn handle_authenticated(&mut self, outcome: Result<Identity, ErrorInfo>, now_ms: u64) {
         if self.closed {
@@ -457,11 +472,13 @@ impl Session {
         }
     }
 
-    /// The client's credential will be revoked at `at_ms`: asks it for another until then.
+    /// The client's credential will be revoked at `at_ms`: asks it for another until then. To be told again after each
+    /// [`Session::handle_authenticated`] for which it still holds.
     pub fn handle_revocation_at(&mut self, at_ms: u64, now_ms: u64) {
         if !self.closed {
-            self.credential.revoke_at(at_ms);
-            self.send(Frame::new(Action::Auth), now_ms);
+            if self.credential.revoke_at(at_ms) {
+                self.send(Frame::new(Action::Auth), now_ms);
+            }
             self.handle_tick(now_ms);
         }
     }

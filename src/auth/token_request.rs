@@ -88,6 +88,18 @@ impl TokenRequest {
         fields.map(|field| field + "\n").concat()
     }
 
+    fn has_line_breaks(&self) -> bool {
+        let fields = [
+            &self.key_name,
+            &self.ttl,
+            &self.client_id,
+            &self.timestamp,
+            &self.nonce,
+        ];
+        let mut fields = fields.into_iter().flatten();
+        fields.any(|field| field.contains('\n'))
+    }
+
     /// Whether the key signed this. A `ttl` of 0 is sent as that and signed as nothing by some client libraries.
     fn is_signed(&self, mac: &str, key: &hmac::Key) -> bool {
         let Ok(mac) = STANDARD.decode(mac) else {
@@ -192,6 +204,11 @@ impl Keyring {
             .is_some_and(|asked| asked != key_name)
         {
             let what = "keyName is not the key that is asked";
+            return Err(ErrorInfo::new(ErrorCode::BadRequest, what));
+        }
+        if request.has_line_breaks() {
+            // Signed is one text of lines: what is in which of them must not be for who asks to choose.
+            let what = "a field of the token request holds a line break";
             return Err(ErrorInfo::new(ErrorCode::BadRequest, what));
         }
         match (&request.mac, presented) {

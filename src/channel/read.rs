@@ -152,19 +152,37 @@ impl Shard {
     #[must_use]
     pub fn attended(&self, by: Attendant, limit: usize) -> Vec<Attended> {
         let of_node = self.attending.get(&by).into_iter().flatten();
-        let attended = of_node.take(limit).map(|(key, connection_id)| {
-            let presence = self.channels.get(key).and_then(|it| it.presence.as_ref());
-            let members = presence.map(|it| it.of_connection(connection_id));
-            let members = members.into_iter().flatten();
-            Attended {
-                key: key.clone(),
-                connection_id: connection_id.clone(),
-                members: members
-                    .map(|(key, held)| presence::member(&key, held, self.incarnation))
-                    .collect(),
-            }
-        });
-        attended.collect()
+        let attended = of_node.take(limit);
+        attended
+            .map(|(key, id)| self.attended_at(key, id))
+            .collect()
+    }
+
+    fn attended_at(&self, key: &ChannelKey, connection_id: &str) -> Attended {
+        let presence = self.channels.get(key).and_then(|it| it.presence.as_ref());
+        let members = presence.map(|it| it.of_connection(connection_id));
+        let members = members.into_iter().flatten();
+        Attended {
+            key: key.clone(),
+            connection_id: connection_id.to_owned(),
+            members: members
+                .map(|(key, held)| presence::member(&key, held, self.incarnation))
+                .collect(),
+        }
+    }
+
+    /// As [`Shard::attended`], of connections that `filter` takes.
+    #[must_use]
+    pub fn attended_where(
+        &self,
+        by: Attendant,
+        filter: impl Fn(&str) -> bool,
+        limit: usize,
+    ) -> Vec<Attended> {
+        let of_node = self.attending.get(&by).into_iter().flatten();
+        let wanted = of_node.filter(|(_, connection_id)| filter(connection_id));
+        let wanted = wanted.take(limit);
+        wanted.map(|(key, id)| self.attended_at(key, id)).collect()
     }
 
     fn view<'a>(&'a self, index: &'a Index) -> View<'a> {

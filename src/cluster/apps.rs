@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::auth::{KeyName, Revocation, Target};
+use crate::auth::{KeyName, Revocation, Revocations, Target};
 use crate::cluster::{Cluster, CommandError, Registry};
 use crate::types::{AppId, ParseIdError};
 use crate::wire::control;
@@ -85,23 +85,33 @@ impl Registry {
 
     /// Adds to what is revoked, all of it or nothing.
     pub(super) fn revoke(&mut self, change: &control::RevokeTokens) -> Result<(), String> {
-        let name = format!("{}.{}", change.app, change.key);
-        let key = KeyName::parse(&name).ok_or("there is no such key")?;
         let mut revocations = (*self.revocations).clone();
         revocations.expire(self.stamp_ms);
-        for target in &change.targets {
-            let revocation = Revocation {
-                key: key.clone(),
-                target: Target::parse(target).map_err(|err| err.message)?,
-                issued_before_ms: change.issued_before_ms,
-                applies_at_ms: change.applies_at_ms,
-            };
-            let added = revocations.add(revocation, self.stamp_ms);
-            added.map_err(|err| err.to_string())?;
-        }
+        add_revocations(&mut revocations, change, self.stamp_ms)?;
         self.revocations = Arc::new(revocations);
         Ok(())
     }
+}
+
+/// Adds them in place; some of them when one cannot be.
+pub(super) fn add_revocations(
+    revocations: &mut Revocations,
+    change: &control::RevokeTokens,
+    stamp_ms: u64,
+) -> Result<(), String> {
+    let name = format!("{}.{}", change.app, change.key);
+    let key = KeyName::parse(&name).ok_or("there is no such key")?;
+    for target in &change.targets {
+        let revocation = Revocation {
+            key: key.clone(),
+            target: Target::parse(target).map_err(|err| err.message)?,
+            issued_before_ms: change.issued_before_ms,
+            applies_at_ms: change.applies_at_ms,
+        };
+        let added = revocations.add(revocation, stamp_ms);
+        added.map_err(|err| err.to_string())?;
+    }
+    Ok(())
 }
 
 fn exists(id: &AppId) -> String {

@@ -187,6 +187,32 @@ impl Cluster {
         }
     }
 
+    /// Up to `limit` connections on channels that the log says this process attends, of those that `filter` takes.
+    #[must_use]
+    pub fn attended_here(&self, filter: impl Fn(&str) -> bool, limit: usize) -> Vec<Attended> {
+        let mut found = Vec::new();
+        for shard in self.shards() {
+            let left = limit - found.len();
+            let attended = (self.state(shard)).attended_where(self.attendant(), &filter, left);
+            found.extend(attended);
+        }
+        found
+    }
+
+    /// Has these members leave, unless another process attends them by now. How many left.
+    pub async fn let_go_here(&self, attended: Vec<Attended>) -> usize {
+        let mut by_shard: BTreeMap<ShardId, Vec<Attended>> = BTreeMap::new();
+        for attended in attended {
+            let shard = self.shard_of(&attended.key);
+            by_shard.entry(shard).or_default().push(attended);
+        }
+        let mut left = 0;
+        for (shard, attended) in by_shard {
+            left += self.let_go(shard, self.attendant(), attended).await;
+        }
+        left
+    }
+
     /// Proposes leaves for these members, and waits for what becomes of them. How many members left.
     async fn let_go(&self, shard: ShardId, by: Attendant, attended: Vec<Attended>) -> usize {
         let mut submitted = Vec::new();

@@ -31,12 +31,15 @@ pub(super) struct Own {
     told: Option<Leadership>,
     /// Something told did not arrive: what the leader has may be wrong.
     unsure: bool,
+    numbered: u64,
     watched: BTreeMap<ChannelKey, watch::Sender<Option<Metrics>>>,
 }
 
 /// What a node has to say to a leader, and asks of it.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct Telling {
+    /// Of a process each is greater than the one before: what arrives late is not heard.
+    pub(super) number: u64,
     /// Whether the node says what it has, if only that nothing changed; else it only asks.
     pub(super) speaks: bool,
     /// Everything before this is void.
@@ -102,7 +105,18 @@ impl Own {
             tellings.push(nothing());
         }
         tellings[0].whole = whole;
+        for telling in &mut tellings {
+            self.numbered += 1;
+            telling.number = self.numbered;
+        }
         tellings
+    }
+
+    /// There is nobody to tell: the next leader is told everything.
+    pub(super) fn nobody_leads(&mut self) {
+        self.watched.retain(|_, sender| sender.receiver_count() > 0);
+        self.changed.clear();
+        self.told = None;
     }
 
     /// A telling did not arrive, or the leader knows nothing of this node.
@@ -143,6 +157,8 @@ pub(super) struct Heard {
 #[derive(Debug)]
 struct Speaker {
     boot: u64,
+    /// Of the last telling that was heard.
+    number: u64,
     last: Instant,
 }
 
@@ -152,13 +168,16 @@ impl Heard {
         &mut self,
         term: u64,
         (node, boot): (NodeId, u64),
-        whole: bool,
+        (number, whole): (u64, bool),
         counts: impl IntoIterator<Item = (ChannelKey, Counts)>,
         now: Instant,
     ) -> Option<Vec<OccupancyChange>> {
         let mut changes = self.enter(term, now);
-        let known = self.nodes.get(&node).is_some_and(|it| it.boot == boot);
-        if !known && !whole {
+        let known = self.nodes.get(&node).filter(|it| it.boot == boot);
+        if known.is_some_and(|it| it.number >= number) {
+            return Some(changes);
+        }
+        if known.is_none() && !whole {
             return None;
         }
         // Unlike a node that went, one that tells everything anew has most of it again.
@@ -172,7 +191,8 @@ impl Heard {
                 .map(|(key, _)| (key.clone(), Counts::default()))
                 .collect();
         }
-        self.nodes.insert(node, Speaker { boot, last: now });
+        let last = now;
+        self.nodes.insert(node, Speaker { boot, number, last });
         again.extend(counts);
         let settled = self.is_settled(now);
         for (key, counts) in again {

@@ -208,9 +208,11 @@ impl Registry {
             stamp_ms: snapshot.stamp_ms,
             ..Self::default()
         };
+        let mut revocations = Revocations::default();
         for revoked in &snapshot.revocations {
-            registry.revoke(revoked)?;
+            apps::add_revocations(&mut revocations, revoked, registry.stamp_ms)?;
         }
+        registry.revocations = Arc::new(revocations);
         for known in snapshot.directories {
             let node = NodeId(known.node);
             registry.directories.insert(node, known.directory);

@@ -68,6 +68,17 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// What was to be told may not have arrived, unless the second says otherwise by then.
+struct Untold<'a>(&'a Part, bool);
+
+impl Drop for Untold<'_> {
+    fn drop(&mut self) {
+        if self.1 {
+            lock(&self.0.own).forget_told();
+        }
+    }
+}
+
 /// One attachment, for as long as it is counted.
 #[derive(Debug)]
 pub struct Occupying {
@@ -262,22 +273,25 @@ impl Cluster {
         for _ in 0..2 {
             let leadership = *self.leadership(shard).borrow();
             if leadership.leader.is_none() {
+                lock(&self.part(shard).own).nobody_leads();
                 return;
             }
             let tellings = lock(&self.part(shard).own).tell(leadership);
+            // Whoever waits for this may go away in between.
+            let mut untold = Untold(self.part(shard), true);
             let mut understood = true;
             for telling in tellings {
                 let answer = self.ask(shard, leadership, telling).await;
                 understood = answer.as_ref().is_some_and(|answer| !answer.unknown);
-                let mut own = lock(&self.part(shard).own);
+                let own = lock(&self.part(shard).own);
                 for (key, metrics) in answer.into_iter().flat_map(|answer| answer.metrics) {
                     own.answered(&key, metrics);
                 }
                 if !understood {
-                    own.forget_told();
                     break;
                 }
             }
+            untold.1 = !understood;
             if understood {
                 return;
             }
@@ -293,6 +307,7 @@ impl Cluster {
         let body = peer::Occupying {
             boot: self.boot(),
             speaks: telling.speaks,
+            number: telling.number,
             whole: telling.whole,
             counts: telling
                 .counts
@@ -321,6 +336,7 @@ impl Cluster {
         let read_counts = |it: peer::ChannelCounts| read(it).map(|(key, it)| (key, it.counts));
         let telling = Telling {
             speaks: said.speaks,
+            number: said.number,
             whole: said.whole,
             counts: said.counts.into_iter().filter_map(read_counts).collect(),
             asked: said
@@ -354,7 +370,8 @@ impl Cluster {
         let mut unknown = false;
         if telling.speaks {
             let (term, now) = (leadership.term, Instant::now());
-            match heard.hear(term, from, telling.whole, telling.counts, now) {
+            let numbered = (telling.number, telling.whole);
+            match heard.hear(term, from, numbered, telling.counts, now) {
                 Some(changes) => self.announce(changes),
                 None => unknown = true,
             }

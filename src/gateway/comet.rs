@@ -355,6 +355,10 @@ impl Wire for CometWire {
     }
 
     async fn send_bytes(&mut self, bytes: Bytes) -> Result<(), Gone> {
+        // A request that waits was not told yet of what makes the mailbox full.
+        if self.mailbox.lock().bytes >= WAITING_BYTES_MAX {
+            self.mailbox.filled.notify_waiters();
+        }
         let room = self.mailbox.until(&self.mailbox.taken, |inner| {
             (inner.bytes < WAITING_BYTES_MAX).then_some(())
         });

@@ -60,9 +60,12 @@ type Watched = watch::Receiver<Option<Metrics>>;
 enum Done {
     /// `None`: presence that changed nothing.
     Published(Ticket, Result<Option<Serial>, ErrorInfo>),
+    /// Presence that was stored before, and the channel's members by now, if they could be read.
+    Repeated(Ticket, Serial, ChannelName, Option<Vec<PresenceMessage>>),
     Members(ChannelName, Result<Vec<PresenceMessage>, ErrorInfo>),
     /// The channel's occupancy changed; which hearing wants to know, and where it hears more.
     Occupied(ChannelName, u64, Metrics, Watched),
+    Attended(ChannelName),
     Nothing,
 }
 
@@ -78,6 +81,8 @@ pub(super) struct Conversation<W> {
     slots: HashMap<u32, ChannelName>,
     next_slot: u32,
     hearings: u64,
+    /// Channels whose members are being attended.
+    attending: BTreeSet<ChannelName>,
     /// Bounded by the session's limits on unanswered publishes and on channels.
     doing: FuturesUnordered<Doing>,
     /// Slots of followers that had more than their share, to go on with when everything else had its turn.
@@ -99,6 +104,7 @@ impl<W: Wire> Conversation<W> {
             slots: HashMap::new(),
             next_slot: 0,
             hearings: 0,
+            attending: BTreeSet::new(),
             doing: FuturesUnordered::new(),
             unfinished: BTreeSet::new(),
             identity,
@@ -126,6 +132,8 @@ impl<W: Wire> Conversation<W> {
         let mut drained = false;
         let mut taken_over = false;
         let mut keys = self.door.keys.changes();
+        // What changed since the client was let in, and what is to come.
+        self.review();
         while self.carry_out().await.is_ok() && !self.session.is_closed() {
             let deadline = self.session.next_deadline();
             let has_room = self.session.has_room();
@@ -186,11 +194,20 @@ impl<W: Wire> Conversation<W> {
             Done::Published(ticket, outcome) => {
                 self.session.handle_published(ticket, outcome, steady_ms());
             }
+            Done::Repeated(ticket, serial, channel, members) => {
+                (self.session).handle_published(ticket, Ok(Some(serial)), steady_ms());
+                if let Some(members) = members {
+                    (self.session).handle_repeated(&channel, &members, steady_ms());
+                }
+            }
             Done::Members(channel, members) => {
                 self.session.handle_members(&channel, members, steady_ms());
             }
             Done::Occupied(channel, number, metrics, watched) => {
                 return self.on_occupied(channel, number, &metrics, watched).await;
+            }
+            Done::Attended(channel) => {
+                self.attending.remove(&channel);
             }
             Done::Nothing => {}
         }
@@ -250,7 +267,11 @@ impl<W: Wire> Conversation<W> {
                     if let Ok(identity) = &outcome {
                         self.identity = identity.clone();
                     }
+                    let believed = outcome.is_ok();
                     self.session.handle_authenticated(outcome, steady_ms());
+                    if believed {
+                        self.review();
+                    }
                     let channels: Vec<ChannelName> = self.attachments.keys().cloned().collect();
                     for channel in channels {
                         self.count(&channel);
@@ -311,9 +332,14 @@ impl<W: Wire> Conversation<W> {
             presence,
             ephemeral,
         };
-        let published = self.door.broker.publish(publish);
+        let (broker, key) = (self.door.broker.clone(), publish.key.clone());
+        let published = broker.publish(publish);
         self.doing.push(Box::pin(async move {
             let outcome = match published.outcome().await {
+                Ok((Some(serial), true)) if is_presence => {
+                    let members = broker.members(&key).await.ok();
+                    return Done::Repeated(ticket, serial, key.name, members);
+                }
                 Ok((Some(serial), _)) => Ok(Some(serial)),
                 Ok((None, _)) if is_presence => Ok(None),
                 Ok((None, _)) => Err(ErrorCode::Internal.into()),
@@ -324,15 +350,19 @@ impl<W: Wire> Conversation<W> {
     }
 
     /// Repeated by the next attach or enter when it is not heard, and until then by nobody: the grace is far longer.
-    fn attend(&self, channel: ChannelName) {
+    fn attend(&mut self, channel: ChannelName) {
+        // One at a time is as good as many.
+        if !self.attending.insert(channel.clone()) {
+            return;
+        }
         let connection_id = self.session.connection_id();
-        let key = self.key(channel);
+        let key = self.key(channel.clone());
         let attended = self.door.broker.attend(key.clone(), connection_id);
         self.doing.push(Box::pin(async move {
             if let Err(err) = attended.outcome().await {
                 tracing::warn!(channel = %key, error = %err, "members of a resumed connection are not attended yet");
             }
-            Done::Nothing
+            Done::Attended(channel)
         }));
     }
 

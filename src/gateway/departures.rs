@@ -1,9 +1,15 @@
 //! Who leaves: presence members whose connection is over, or whose socket was gone for too long. It outlives the
 //! conversation they were members in.
 
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use crate::broker::{Broker, Publish, PublishError};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use crate::broker::{Attended, Broker, Publish, PublishError};
+use crate::gateway::live::Live;
 use crate::stdx::Backoff;
 use crate::tasks::{OnError, Tasks};
 use crate::types::ChannelKey;
@@ -14,14 +20,55 @@ use crate::wire::entry;
 /// Pauses between tries to have members leave.
 const RETRY_FIRST: Duration = Duration::from_millis(100);
 const RETRY_LONGEST: Duration = Duration::from_secs(5);
-/// By then this node is taken for dead by whoever leads the channel, which has its members leave.
+/// After this the audit goes on with it.
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How often the log is compared with who is here.
+const AUDIT: Duration = Duration::from_secs(5);
+/// For how long nobody must be here for a connection before its members leave: longer than they stay by themselves.
+const LOST_AFTER: Duration = Duration::from_secs(20);
+/// Connections on channels that one audit looks at.
+const AUDITED: usize = 1024;
 
 /// The node's desk for departures.
 #[derive(Clone, Debug)]
 pub(crate) struct Departures {
     broker: Broker,
     tasks: Tasks,
+    live: Live,
+    pending: Pending,
+}
+
+/// Connections whose members are about to leave, and from how many channels.
+#[derive(Clone, Debug, Default)]
+struct Pending(Arc<Mutex<HashMap<String, usize>>>);
+
+impl Pending {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, connection_id: &str) -> OnePending {
+        *self.lock().entry(connection_id.to_owned()).or_default() += 1;
+        OnePending(self.clone(), connection_id.to_owned())
+    }
+
+    fn has(&self, connection_id: &str) -> bool {
+        self.lock().contains_key(connection_id)
+    }
+}
+
+struct OnePending(Pending, String);
+
+impl Drop for OnePending {
+    fn drop(&mut self) {
+        let mut pending = self.0.lock();
+        if let Some(count) = pending.get_mut(&self.1) {
+            *count -= 1;
+            if *count == 0 {
+                pending.remove(&self.1);
+            }
+        }
+    }
 }
 
 /// Members of one connection that leave one channel.
@@ -42,8 +89,46 @@ pub(super) enum When {
 }
 
 impl Departures {
-    pub(super) const fn new(broker: Broker, tasks: Tasks) -> Self {
-        Self { broker, tasks }
+    /// `live` tells whose socket is here.
+    pub(super) fn new(broker: Broker, live: Live, tasks: Tasks) -> Self {
+        let this = Self {
+            broker,
+            tasks,
+            live,
+            pending: Pending::default(),
+        };
+        let audited = this.clone();
+        this.tasks
+            .spawn("gateway.audit", OnError::StopNode, |token| {
+                audited.audit(token)
+            });
+        this
+    }
+
+    /// Has members leave that the log says this process attends, of connections that nobody is here for: a session that was
+    /// superseded before its successor knew of them, one that failed, a departure that found no leader for long.
+    async fn audit(self, token: CancellationToken) -> anyhow::Result<()> {
+        let mut tick = tokio::time::interval(AUDIT);
+        tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut lost_since = LostSince::default();
+        loop {
+            tokio::select! {
+                () = token.cancelled() => return Ok(()),
+                _ = tick.tick() => {}
+            }
+            let nobody_here = |id: &str| !self.live.has(id) && !self.pending.has(id);
+            let lost = self.broker.attended_here(nobody_here, AUDITED);
+            let due = lost_since.due(lost, Attended::place, Instant::now());
+            if due.is_empty() {
+                continue;
+            }
+            tokio::select! {
+                () = token.cancelled() => return Ok(()),
+                members = self.broker.let_go_here(due) => {
+                    tracing::info!(members, "members whom nobody here attends leave");
+                }
+            }
+        }
     }
 
     /// Sees to it that the members leave. What the same connection published before is stored before; the rest is done
@@ -59,11 +144,18 @@ impl Departures {
             When::UnlessAttended(_) => None,
         };
         let broker = self.broker.clone();
+        let (live, connection_id) = (self.live.clone(), departure.connection_id.clone());
+        let pending = (when != When::Now).then(|| self.pending.add(&connection_id));
         self.tasks
             .spawn("gateway.departure", OnError::Log, move |token| async move {
                 let done = async {
                     if let When::UnlessAttended(grace) = when {
                         tokio::time::sleep(grace).await;
+                        // It came back here: who attends it is the same in the log, and so could not tell. Whom it does
+                        // not know of by its end, the audit finds.
+                        if live.has(&connection_id) {
+                            return;
+                        }
                     }
                     let outcome = match first {
                         Some(first) => first.outcome().await,
@@ -76,6 +168,7 @@ impl Departures {
                     // Members of a node that is gone leave by themselves.
                     () = token.cancelled() => {}
                 }
+                drop(pending);
                 Ok(())
             });
     }
@@ -114,12 +207,36 @@ impl Departures {
     }
 }
 
+/// Since when nobody was here for members that the log says are attended here.
+#[derive(Debug, Default)]
+struct LostSince(HashMap<Place, Instant>);
+
+/// A connection on a channel.
+type Place = (ChannelKey, String);
+
+impl LostSince {
+    /// Those of `lost`, which is all of them now, that have been among them for long enough.
+    fn due<T>(&mut self, lost: Vec<T>, place: impl Fn(&T) -> Place, now: Instant) -> Vec<T> {
+        let mut known = std::mem::take(&mut self.0);
+        let mut due = Vec::new();
+        for lost in lost {
+            let place = place(&lost);
+            let since = known.remove(&place).unwrap_or(now);
+            self.0.insert(place, since);
+            if now.duration_since(since) >= LOST_AFTER {
+                due.push(lost);
+            }
+        }
+        due
+    }
+}
+
 /// Hands the publish in again until its fate is known. The same id makes sure that it counts once.
 async fn persist(broker: &Broker, publish: &Publish, mut error: Option<PublishError>) {
-    let deadline = tokio::time::Instant::now() + PATIENCE;
+    let deadline = Instant::now() + PATIENCE;
     let mut backoff = Backoff::new(RETRY_FIRST, RETRY_LONGEST);
     while let Some(PublishError::Busy(_) | PublishError::Indeterminate(_)) = error {
-        if tokio::time::Instant::now() >= deadline {
+        if Instant::now() >= deadline {
             tracing::warn!(channel = %publish.key, "members that left are still shown: the channel has no leader");
             return;
         }
@@ -138,4 +255,35 @@ pub(super) fn changes(events: &[PresenceMessage]) -> Vec<entry::Change> {
         connection_id: event.connection_id.clone().unwrap_or_default(),
     };
     events.iter().map(change).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn members_are_lost_when_nobody_was_here_for_long() {
+        let key = ChannelKey {
+            app: "app".parse().unwrap(),
+            name: crate::types::ChannelName::parse("c").unwrap(),
+        };
+        let place = |id: &&str| (key.clone(), (*id).to_owned());
+        let began = Instant::now();
+        let mut lost = LostSince::default();
+        assert!(lost.due(vec!["a", "b"], place, began).is_empty());
+        // Somebody came back for `b` in between.
+        let soon = began + LOST_AFTER / 2;
+        assert!(lost.due(vec!["a"], place, soon).is_empty());
+        assert_eq!(lost.due(vec!["a", "b"], place, began + LOST_AFTER), ["a"]);
+    }
+
+    #[test]
+    fn a_connection_is_pending_until_its_last_channel_is_left() {
+        let pending = Pending::default();
+        let (first, second) = (pending.add("c"), pending.add("c"));
+        drop(first);
+        assert!(pending.has("c"));
+        drop(second);
+        assert!(!pending.has("c"));
+    }
 }

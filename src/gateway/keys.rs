@@ -23,7 +23,7 @@ const NONCE_MARGIN: Duration = Duration::from_secs(300);
 pub(crate) struct Keys {
     broker: Broker,
     seen: watch::Receiver<Arc<Seen>>,
-    built: Arc<Mutex<Option<Built>>>,
+    built: Arc<Mutex<Option<Arc<Built>>>>,
 }
 
 /// What of the registry this is built from. The same when it is the very same.
@@ -167,16 +167,16 @@ impl Keys {
         request: &RevocationRequest,
     ) -> Result<Vec<Revoked>, ErrorInfo> {
         let now_ms = crate::gateway::unix_ms();
-        let ring = self.built()?.0.ring;
+        let ring = self.built()?.0.ring.clone();
         ring.revoke(key_name, presented, request, now_ms)
     }
 
     /// What makes connection keys.
     pub(crate) fn connections(&self) -> Result<Arc<ConnectionKeys>, ErrorInfo> {
-        Ok(self.built()?.0.connections)
+        Ok(self.built()?.0.connections.clone())
     }
 
-    fn built(&self) -> Result<(Built, Arc<Revocations>), ErrorInfo> {
+    fn built(&self) -> Result<(Arc<Built>, Arc<Revocations>), ErrorInfo> {
         let registry = self.broker.registry();
         let now = registry.borrow().clone();
         let born = now.bootstrap.as_ref();
@@ -186,8 +186,8 @@ impl Keys {
         let built = match &*built {
             Some(built) if Arc::ptr_eq(&built.from, &now.apps) => built.clone(),
             known => {
-                let next = build(now.apps.clone(), born, known.as_ref());
-                built.insert(next).clone()
+                let next = build(now.apps.clone(), born, known.as_deref());
+                built.insert(Arc::new(next)).clone()
             }
         };
         Ok((built, now.revocations.clone()))

@@ -79,6 +79,11 @@ impl Live {
         }
     }
 
+    /// Whether the connection has a socket here.
+    pub(crate) fn has(&self, connection_id: &str) -> bool {
+        self.lock().taken.contains_key(connection_id)
+    }
+
     /// How long a client may stay when the node is to stop: a random part of the time in which all are sent away, so that
     /// they come to other nodes one after another.
     pub(crate) fn pause_before_leaving(&self) -> Duration {

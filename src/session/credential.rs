@@ -28,6 +28,8 @@ pub(super) struct Credential {
     ends: Option<(u64, ErrorCode)>,
     checking: bool,
     next: Option<Secret>,
+    /// For the sake of which revocation the client was asked for a new token.
+    asked_ms: Option<u64>,
 }
 
 impl Credential {
@@ -37,6 +39,7 @@ impl Credential {
             ends: None,
             checking: false,
             next: None,
+            asked_ms: None,
         };
         credential.accept(claims, now_ms);
         credential
@@ -55,12 +58,14 @@ impl Credential {
         });
     }
 
-    /// The credential will be good for nothing at `at_ms`, if it is not replaced before.
-    pub(super) fn revoke_at(&mut self, at_ms: u64) {
+    /// The credential will be good for nothing at `at_ms`, if it is not replaced before. Gives whether the client is to be
+    /// asked for another: once for each revocation, so that one that answers with the same token is not asked for ever.
+    pub(super) fn revoke_at(&mut self, at_ms: u64) -> bool {
         if self.ends.is_none_or(|(ends, _)| at_ms < ends) {
             self.ends = Some((at_ms, ErrorCode::TokenRevoked));
         }
         self.prompt_at_ms = None;
+        self.asked_ms.replace(at_ms) != Some(at_ms)
     }
 
     /// The client brings a token: the one to check now, if none is being checked.

@@ -123,7 +123,8 @@ impl Session {
         let count = u16::try_from(events.len()).map_err(|_| ErrorCode::TooManyMessages)?;
         let id = self.record_id(msg_serial);
         let mut planned = self.presence.plan(&channel, events, &id)?;
-        if planned.entered_again {
+        // Members that this session made are attended as it is.
+        if planned.entered_again && self.presence.resumed() {
             let channel = channel.clone();
             self.effects.push_back(Effect::Attend { channel });
         }

@@ -3,7 +3,7 @@
 //!
 //! Results come later and may be refusals, so each member is its newest *sure* state and what was asked for since.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 
 use crate::session::Ticket;
@@ -190,11 +190,14 @@ impl OwnMembers {
                 };
                 match verdict {
                     Verdict::Stored => member.becomes(ticket, asked.state),
-                    Verdict::Unknown if asked.state.is_some() => {
+                    // What the client asked for itself it hears the fate of, and asks again.
+                    Verdict::Unknown if asked.state.is_some() && !asked.again => {
                         member.becomes(ticket, asked.state);
                     }
                     // Unless the client has asked for something else since.
-                    Verdict::Refused { later: true } if asked.again && member.asked.is_empty() => {
+                    Verdict::Refused { later: true } | Verdict::Unknown
+                        if asked.again && member.asked.is_empty() =>
+                    {
                         member.lost = asked.state;
                         lost = true;
                     }
@@ -214,6 +217,18 @@ impl OwnMembers {
             });
         }
         self.known = true;
+    }
+
+    /// The channel's members of this connection, as of now: those that are missing are to be entered again. Whether there
+    /// are such.
+    pub(super) fn reconcile(&mut self, present: &BTreeSet<&str>) -> bool {
+        let known = self.members.iter();
+        let missing = known.filter(|(client_id, member)| {
+            member.sure.is_some() && member.asked.is_empty() && !present.contains(&***client_id)
+        });
+        let missing: Vec<String> = missing.map(|(client_id, _)| client_id.clone()).collect();
+        let removed = missing.iter().map(|client_id| self.removed(client_id));
+        removed.fold(false, |any, removed| any | removed)
     }
 
     /// Somebody else removed a member. Whether it is to be entered again.

@@ -177,6 +177,21 @@ impl Presence {
         self.channels.contains_key(channel) && self.change(channel, |own| own.removed(client_id))
     }
 
+    /// The channel's members, as of now. Whether own ones are missing that are to be entered again.
+    pub(super) fn reconcile(&mut self, channel: &ChannelName, members: &[PresenceMessage]) -> bool {
+        if !self.channels.contains_key(channel) {
+            return false;
+        }
+        let connection_id = self.connection_id.clone();
+        let own = members
+            .iter()
+            .filter(|member| member.connection_id.as_deref() == Some(&*connection_id));
+        let present = own
+            .filter_map(|member| member.client_id.as_deref())
+            .collect();
+        self.change(channel, |own| own.reconcile(&present))
+    }
+
     /// Enters the channel's lost members again, under way as `ticket`: the record's id and its events.
     pub(super) fn enter_again(
         &mut self,

@@ -6,6 +6,7 @@
 //! width, and never recurses deeper than [`DEPTH_MAX`].
 //! Source: client protocol reference, §2.3.
 
+mod few;
 mod frame;
 mod lenient;
 mod message;
@@ -18,6 +19,7 @@ use bytes::Bytes;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+pub use few::Few;
 pub use frame::{Action, Auth, ConnectionDetails, ErrorBody, Frame, PublishResult, flags};
 pub use message::{Message, MessageAction, Version};
 pub use payload::Data;
@@ -89,7 +91,7 @@ pub fn decode_messages(format: Format, bytes: &[u8]) -> Result<Vec<Message>, Dec
 /// # Errors
 /// When the bytes are not exactly one value of this format with that shape.
 pub fn decode_frames(format: Format, bytes: &[u8]) -> Result<Vec<Frame>, DecodeError> {
-    decode_value(format, bytes)
+    decode_value::<Few<Frame>>(format, bytes).map(|frames| frames.0)
 }
 
 /// The body of a page of messages: always an array.

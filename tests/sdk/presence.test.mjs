@@ -5,6 +5,7 @@ import assert from 'node:assert/strict';
 import { Watcher, assertListed, restMembers } from './lib/members.mjs';
 import { Observer } from './lib/observer.mjs';
 import { History, SDKS, participant } from './lib/recorder.mjs';
+import { ACTION, RawClient } from './lib/raw.mjs';
 import { refusal, state } from './lib/sdk.mjs';
 import { suite } from './lib/suite.mjs';
 import { inParallel, pause, until } from './lib/wait.mjs';
@@ -162,6 +163,65 @@ for (const sdk of [2, 1]) {
     assert.deepEqual(watcher.of('bob'), ['enter "first"', 'leave "first"', 'enter "first"']);
   });
 }
+
+scenario('who comes back to the same node within the grace is not seen leaving', async (given) => {
+  const { cluster, clients } = given;
+  const name = 'presence-same-node';
+  const watcher = await Watcher.attach(await clients.realtime(2), name);
+  const query = { key: cluster.key, clientId: 'bob', remainPresentFor: '1500' };
+  const first = await RawClient.open(cluster.url(1), query);
+  const { connectionKey } = (await first.next(ACTION.CONNECTED)).connectionDetails;
+  first.send({ action: ACTION.ATTACH, channel: name });
+  await first.next(ACTION.ATTACHED);
+  first.send({ action: ACTION.PRESENCE, channel: name, msgSerial: 0, presence: [{ action: 2, data: 'x' }] });
+  await watcher.saw('enter', 'bob');
+  first.socket.terminate();
+  // The server has to notice that it is gone before it is back.
+  await pause(300);
+  const second = await RawClient.open(cluster.url(1), { ...query, resume: connectionKey });
+  await second.next(ACTION.CONNECTED);
+  second.send({ action: ACTION.ATTACH, channel: name });
+  await second.next(ACTION.ATTACHED);
+  await pause(3_000);
+  assert.deepEqual(watcher.of('bob'), ['enter "x"']);
+  second.send({ action: ACTION.CLOSE });
+  await watcher.saw('leave', 'bob', { within: 3_000 });
+});
+
+scenario('whom the successor of a connection never learned of leaves all the same', async (given) => {
+  const { cluster, clients } = given;
+  const name = 'presence-heir';
+  const watcher = await Watcher.attach(await clients.realtime(2), name);
+  const query = { key: cluster.key, clientId: 'bob' };
+  const first = await RawClient.open(cluster.url(1), query);
+  const { connectionKey } = (await first.next(ACTION.CONNECTED)).connectionDetails;
+  first.send({ action: ACTION.ATTACH, channel: name });
+  await first.next(ACTION.ATTACHED);
+  first.send({ action: ACTION.PRESENCE, channel: name, msgSerial: 0, presence: [{ action: 2, data: 'x' }] });
+  await watcher.saw('enter', 'bob');
+  // It takes the connection over while the first socket lives, and ends it without attaching anything.
+  const heir = await RawClient.open(cluster.url(3), { ...query, resume: connectionKey });
+  await heir.next(ACTION.CONNECTED);
+  await first.gone();
+  heir.send({ action: ACTION.CLOSE });
+  await heir.next(ACTION.CLOSED);
+  await watcher.saw('leave', 'bob', { within: ORPHAN_MS });
+  await assertListed(given, name, []);
+});
+
+scenario('members with much to say are listed in pages that fit', async (given) => {
+  const { clients } = given;
+  const name = 'presence-heavy';
+  const crowd = (await clients.realtime(1)).channels.get(name);
+  const ids = Array.from({ length: 60 }, (_, n) => `heavy-${String(n).padStart(2, '0')}`);
+  const data = '\u0001'.repeat(30_000);
+  await inParallel(10, ids, (id) => crowd.presence.enterClient(id, data));
+  const late = (await clients.realtime(2)).channels.get(name);
+  await late.attach();
+  const members = await late.presence.get();
+  assert.deepEqual(members.map(({ clientId }) => clientId).sort(), ids);
+  assert.equal(members[7].data, data);
+});
 
 scenario('detach and close leave at once', async (given) => {
   const { clients } = given;

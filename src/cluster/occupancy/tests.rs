@@ -37,7 +37,13 @@ fn tell(
     let mut changes = Vec::new();
     for telling in own.tell(led(9, term)) {
         let speaker = (NodeId(node), node);
-        match heard.hear(term, speaker, telling.whole, telling.counts, now) {
+        match heard.hear(
+            term,
+            speaker,
+            (telling.number, telling.whole),
+            telling.counts,
+            now,
+        ) {
             Some(more) => changes.extend(more),
             None => {
                 own.forget_told();
@@ -116,6 +122,7 @@ async fn who_has_nothing_to_say_is_silent() {
     assert_eq!(
         own.tell(led(1, 1)),
         [Telling {
+            number: 2,
             speaks: true,
             ..Telling::default()
         }]
@@ -162,6 +169,26 @@ async fn channels_are_listed_in_order_by_prefix() {
     );
 }
 
+#[tokio::test(start_paused = true)]
+async fn what_arrives_late_is_not_heard() {
+    let (mut own, mut heard, now) = (Own::default(), Heard::default(), Instant::now());
+    own.change(&key("a"), Counts::default(), one());
+    let late = own.tell(led(9, 1)).remove(0);
+    own.change(&key("a"), one(), Counts::default());
+    // Nobody knows whether it arrived, so everything is told again; then it does arrive.
+    own.forget_told();
+    tell(&mut own, &mut heard, 1, 1, now);
+    let changes = heard.hear(
+        1,
+        (NodeId(1), 1),
+        (late.number, late.whole),
+        late.counts,
+        now,
+    );
+    assert_eq!(changes, Some(vec![]));
+    assert_eq!(heard.counts(&key("a")), Counts::default());
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     /// An attachment on this node comes or goes.
@@ -198,7 +225,7 @@ proptest! {
                 let mut unknown = false;
                 for telling in own.tell(led(9, term)) {
                     let speaker = (NodeId(u64::from(node)), boot);
-                    unknown |= heard.hear(term, speaker, telling.whole, telling.counts, now).is_none();
+                    unknown |= heard.hear(term, speaker, (telling.number, telling.whole), telling.counts, now).is_none();
                 }
                 if unknown {
                     own.forget_told();
@@ -234,7 +261,7 @@ proptest! {
                     next_boot += 1;
                     attached.retain(|(of, _), _| *of != node);
                     // A process that has nothing to say is expired; here at once.
-                    heard.hear(term, (NodeId(u64::from(node)), next_boot), true, [], now);
+                    heard.hear(term, (NodeId(u64::from(node)), next_boot), (1, true), [], now);
                 }
             }
         }

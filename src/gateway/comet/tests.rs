@@ -118,6 +118,24 @@ async fn who_comes_back_in_time_is_not() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_request_that_waits_takes_what_fills_the_mailbox() {
+    let (_comets, mut wire, ends) = opened(false);
+    let big = Bytes::from(vec![b'1'; WAITING_BYTES_MAX]);
+    let sent = async {
+        wire.send_bytes(big.clone()).await.unwrap();
+        // Not flushed in between: the second one waits for the request that is there already.
+        timeout(
+            WRITE_PATIENCE / 2,
+            wire.send_bytes(Bytes::from_static(b"2")),
+        )
+        .await
+    };
+    let (answer, sent) = join(polled(&ends), sent).await;
+    assert_eq!(answer.unwrap().len(), WAITING_BYTES_MAX + 2);
+    sent.unwrap().unwrap();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_full_mailbox_slows_the_conversation_down() {
     let (_comets, mut wire, ends) = opened(false);
     let big = Bytes::from(vec![b'1'; WAITING_BYTES_MAX]);

@@ -6,6 +6,8 @@ use std::marker::PhantomData;
 use serde::de::value::{MapAccessDeserializer, SeqAccessDeserializer, StrDeserializer};
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 
+use crate::wire::ably::Few;
+
 /// The values, one of them when no array came.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub(super) struct OneOrMany<T>(pub(super) Vec<T>);
@@ -36,7 +38,8 @@ impl<'de, T: Deserialize<'de>> Deserialize<'de> for OneOrMany<T> {
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, seq: A) -> Result<OneOrMany<T>, A::Error> {
-                Vec::deserialize(SeqAccessDeserializer::new(seq)).map(OneOrMany)
+                let many: Few<T> = Few::deserialize(SeqAccessDeserializer::new(seq))?;
+                Ok(OneOrMany(many.0))
             }
         }
 

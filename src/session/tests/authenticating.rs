@@ -322,6 +322,12 @@ fn a_revoked_token_ends_the_conversation_at_once_or_after_a_while() {
         None,
         "a new credential is not the revoked one"
     );
+
+    // The client answers with the token that is to be revoked: it is not asked again, and ends in time.
+    session.handle_revocation_at(NOW + 30_000, NOW);
+    assert_eq!(drain(&mut session), []);
+    session.handle_tick(NOW + 30_000);
+    sent_and_closed(&drain(&mut session), 6, 40141);
 }
 
 #[test]

@@ -715,6 +715,37 @@ fn a_member_that_was_removed_by_mistake_enters_again() {
 }
 
 #[test]
+fn an_enter_that_was_stored_before_and_undone_since_is_made_again() {
+    let mut session = resumed();
+    let (ticket, ..) = record(&events(
+        &mut session,
+        5,
+        json!([{"action": 2, "data": "hi"}]),
+    ));
+    session.handle_published(ticket, Ok(Some(serial(3))), NOW);
+    drain(&mut session);
+    // It is still there.
+    session.handle_repeated(&name("c"), &[member("conn1", "me", "conn1:5:0")], NOW);
+    assert_eq!(drain(&mut session), []);
+    // Another connection's is not it.
+    session.handle_repeated(&name("c"), &[member("conn2", "me", "conn2:5:0")], NOW);
+    let (again, id, seen) = record(&drain(&mut session));
+    assert!(id.starts_with("again-"), "{id}");
+    assert_eq!(seen, [event(2, "me", "hi")]);
+    // Whether it happened nobody knows, and the client does not ask again: the session does.
+    session.handle_published(again, Err(ErrorCode::Timeout.into()), NOW);
+    session.handle_tick(NOW + 1000);
+    record(&drain(&mut session));
+    // What is being left is not missing.
+    let (leave, ..) = record(&events(&mut session, 6, json!([{"action": 3}])));
+    session.handle_repeated(&name("c"), &[], NOW);
+    assert_eq!(drain(&mut session), []);
+    stored(&mut session, leave);
+    session.handle_repeated(&name("x"), &[], NOW);
+    assert_eq!(session.handle_gone(NOW), []);
+}
+
+#[test]
 fn who_may_be_present_no_more_leaves() {
     let mut session = attached();
     enter(&mut session, 0, "me", "hi");

@@ -6,7 +6,7 @@ use serde::{Serialize, Serializer};
 
 use crate::types::{ErrorCode, ErrorInfo};
 use crate::wire::ably::lenient::{Natural, ParamText, Whole, from_map};
-use crate::wire::ably::{Message, PresenceMessage};
+use crate::wire::ably::{Few, Message, PresenceMessage};
 
 /// Bits of [`Frame::flags`] (§2.3.3).
 pub mod flags {
@@ -164,9 +164,9 @@ from_map!(Frame, "a frame (a map with an `action`)", {
     "error" => error: ErrorBody,
     "flags" => flags: Natural,
     "params" => params: Params,
-    "messages" => messages: Vec<Message>,
-    "presence" => presence: Vec<PresenceMessage>,
-    "res" => res: Vec<PublishResult>,
+    "messages" => messages: Few<Message>,
+    "presence" => presence: Few<PresenceMessage>,
+    "res" => res: Few<PublishResult>,
     "auth" => auth: Auth,
 });
 
