@@ -128,7 +128,7 @@ fn main() -> ExitCode {
         .enable_all()
         .build();
     let ran = runtime.map_err(anyhow::Error::from).and_then(|runtime| {
-        let ran = runtime.block_on(run(cli.command));
+        let ran = runtime.block_on(sendable(run(cli.command)));
         // A blocked read of standard input must not hold the process.
         runtime.shutdown_background();
         ran
@@ -156,6 +156,12 @@ fn say(text: &str) -> anyhow::Result<()> {
         Err(err) if err.kind() != std::io::ErrorKind::BrokenPipe => Err(err.into()),
         Ok(()) | Err(_) => Ok(()),
     }
+}
+
+/// Holds whoever writes a future that is driven here to what every spawned one is held to: a lock that is kept over an
+/// await stops, with those who wait for it, the threads that everything else needs.
+fn sendable<F: Future + Send>(future: F) -> F {
+    future
 }
 
 async fn run(command: Command) -> anyhow::Result<ExitCode> {

@@ -189,11 +189,11 @@ impl Cluster {
     /// When the cluster was created with other settings than this node's.
     pub async fn ready(&self) -> Result<(), Error> {
         let mut registry = self.registry();
-        let born = registry
+        // What `wait_for` gives locks the registry: held over an await it would stop whoever applies to it, and then all.
+        let created = registry
             .wait_for(|registry| registry.bootstrap.is_some() && registry.founded)
-            .await;
-        let created = born.map_err(|_| Error::Stopping)?;
-        let created = created
+            .await
+            .map_err(|_| Error::Stopping)?
             .bootstrap
             .as_ref()
             .map_or(0, |bootstrap| bootstrap.shards);

@@ -1,6 +1,7 @@
 //! Connections that came back to another node: it tells the others, and who has an older socket ends it.
 //!
-//! Told once and not again: an older socket that did not hear of it is one whose client has left it, and ends when that shows.
+//! Told until it is heard, for a while: an older socket that does not hear of it then is one whose client has left it, and
+//! ends when that shows.
 
 use std::fmt;
 use std::sync::{Arc, OnceLock};
@@ -19,6 +20,9 @@ const TAKEN: Service = Service(25);
 
 /// How long telling a node may take.
 const TELL: Duration = Duration::from_secs(2);
+/// How often and for how long a node is told that did not hear.
+const AGAIN: Duration = Duration::from_millis(200);
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// A connection has a new socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -78,19 +82,18 @@ impl Cluster {
         let body = Bytes::from(body.encode_to_vec());
         tasks.spawn("cluster.taken", OnError::Log, |_| async move {
             let others = this.nodes().keys().filter(|node| **node != this.node());
-            let told = others.map(|node| {
-                let transport = &this.0.transport;
-                transport.call(
-                    *node,
-                    Lane::Raft,
-                    TAKEN,
-                    GroupId::CONTROL,
-                    body.clone(),
-                    TELL,
-                )
-            });
-            futures_util::future::join_all(told).await;
+            let told = others.map(|node| this.tell_taken(*node, &body));
+            // Nobody waits for those that do not answer.
+            let _ = tokio::time::timeout(PATIENCE, futures_util::future::join_all(told)).await;
             Ok(())
         });
+    }
+
+    async fn tell_taken(&self, node: NodeId, body: &Bytes) {
+        let (transport, group) = (&self.0.transport, GroupId::CONTROL);
+        let tell = || transport.call(node, Lane::Raft, TAKEN, group, body.clone(), TELL);
+        while tell().await.is_err() {
+            tokio::time::sleep(AGAIN).await;
+        }
     }
 }

@@ -80,11 +80,15 @@ class Recorder:
             )
 
         attachment.on(on_state)
-        await attachment.subscribe(on_message)
+        listening = [attachment.subscribe(on_message)]
         if presence:
-            await attachment.presence.subscribe(
-                lambda event: tell(event="presence", channel=channel, **member(event))
+            listening.append(
+                attachment.presence.subscribe(
+                    lambda event: tell(event="presence", channel=channel, **member(event))
+                )
             )
+        # Both listen before either has waited for the channel: what comes with ATTACHED is heard.
+        await asyncio.gather(*listening)
 
     async def connected(self):
         """Waits for the connection: what this SDK queues without one it puts before what it has to send again, in the
