@@ -15,6 +15,8 @@ export FIRTH_BIN ?= $(TARGET)/release/firth
 SDK_DIR := tests/sdk
 NODE_MODULES := $(SDK_DIR)/node_modules/.installed
 VENV := target/venv/.installed
+# The Go SDK is tested where there is a Go toolchain.
+GO_DRIVER := $(if $(shell command -v go),target/go/recorder)
 KAFKA_JARS := target/kafka/.installed
 DENY_VERSION := 0.20.2
 DENY := $(or $(shell command -v cargo-deny),target/tools/bin/cargo-deny)
@@ -45,7 +47,7 @@ help: ## this list
 test: setup lint unit sdk kafka page ## everything: set-up, lints, unit tests, SDKs, Kafka, the page in a browser
 	@echo "== all tests passed"
 
-setup: tools $(NODE_MODULES) $(VENV) $(KAFKA_JARS) $(DENY) ## install what the tests need, into target/ and node_modules/
+setup: tools $(NODE_MODULES) $(VENV) $(GO_DRIVER) $(KAFKA_JARS) $(DENY) ## install what the tests need, into target/ and node_modules/
 
 tools: ## check for system tools; install missing Debian packages when root
 	@command -v cargo >/dev/null || { echo "Rust is missing; see https://rustup.rs (the version is in rust-toolchain.toml)" >&2; exit 1; }
@@ -94,11 +96,11 @@ fuzz: ## decoders and conversations under damaged input, each for SECONDS=60
 bench: ## the log beside the raw limit of this disk
 	cargo bench --locked --bench log
 
-sdk: build $(NODE_MODULES) $(VENV) ## official SDKs and the command line against three processes
+sdk: build $(NODE_MODULES) $(VENV) $(GO_DRIVER) ## official SDKs and the command line against three processes
 	@echo "== SDKs against a cluster: $(SDK_TESTS)"
 	cd $(SDK_DIR) && $(call run_node,$(SDK_TESTS))
 
-faults: build $(NODE_MODULES) $(VENV) ## random kills, pauses and cuts under every SDK: MINUTES=10 SDK=js2,python SEED=1; a failed run's history in target/faults
+faults: build $(NODE_MODULES) $(VENV) $(GO_DRIVER) ## random kills, pauses and cuts under every SDK: MINUTES=10 SDK=js2,python SEED=1; a failed run's history in target/faults
 	@echo "== faults"
 	cd $(SDK_DIR) && MINUTES=$(MINUTES) SDK=$(SDK) CLIENTS=$(CLIENTS) SEED=$(SEED) $(call run_node,faults)
 
@@ -138,6 +140,10 @@ $(VENV): $(SDK_DIR)/requirements.txt | tools
 	python3 -m venv --clear target/venv
 	target/venv/bin/pip install -q --disable-pip-version-check -r $<
 	@touch $@
+
+target/go/recorder: $(wildcard $(SDK_DIR)/go/*)
+	@echo "== SDK from the Go proxy"
+	cd $(SDK_DIR)/go && go build -o $(abspath $@) .
 
 target/tools/bin/cargo-deny:
 	@echo "== cargo-deny $(DENY_VERSION): built once, two to three minutes"

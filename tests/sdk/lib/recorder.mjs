@@ -30,6 +30,8 @@ import { until } from './wait.mjs';
 
 const PYTHON = process.env.FIRTH_PYTHON ?? path.join(ROOT, 'target/venv/bin/python');
 const DRIVER = fileURLToPath(new URL('../python/recorder.py', import.meta.url));
+// Built where there is a Go toolchain.
+const GO = process.env.FIRTH_GO ?? path.join(ROOT, 'target/go/recorder');
 const IMPATIENT = { disconnectedRetryTimeout: 200, suspendedRetryTimeout: 500, channelRetryTimeout: 500 };
 
 /** The SDKs that can be recorded, by the name that `SDK=` takes. */
@@ -38,8 +40,12 @@ export const SDKS = {
   'js2-msgpack': (options) => JavaScript.open(options, js2(options, true)),
   'js1-json': (options) => JavaScript.open(options, js1(options, false)),
   'js1-msgpack': (options) => JavaScript.open(options, js1(options, true)),
-  'python-json': (options) => Python.open(options, 'json'),
-  'python-msgpack': (options) => Python.open(options, 'msgpack'),
+  'python-json': (options) => Driven.open(options, [PYTHON, DRIVER], 'json'),
+  'python-msgpack': (options) => Driven.open(options, [PYTHON, DRIVER], 'msgpack'),
+  ...(fs.existsSync(GO) && {
+    'go-json': (options) => Driven.open(options, [GO], 'json'),
+    'go-msgpack': (options) => Driven.open(options, [GO], 'msgpack'),
+  }),
 };
 
 /** The list of events, in order. */
@@ -231,16 +237,15 @@ function told({ action, clientId, connectionId, data, id }) {
   return { action, clientId, connectionId, data, id };
 }
 
-/** ably-python in a process of its own. */
-class Python extends Participant {
+/** ably-python or ably-go in a process of its own. */
+class Driven extends Participant {
   #waiting = new Map();
   #next = 0;
   #complaints = '';
 
-  static async open(options, format) {
-    const self = new Python(options);
-    const argv = [PYTHON, DRIVER, options.key, `127.0.0.1:${options.line.port}`, options.name, format];
-    self.process = startPiped(argv);
+  static async open(options, driver, format) {
+    const self = new Driven(options);
+    self.process = startPiped([...driver, options.key, `127.0.0.1:${options.line.port}`, options.name, format]);
     self.process.stdin.on('error', () => {});
     self.process.stderr
       .setEncoding('utf8')
@@ -297,7 +302,7 @@ class Python extends Participant {
   }
 
   #onEnd() {
-    const error = new Error(`python ended with ${this.process.exitCode}: ${this.#complaints}`);
+    const error = new Error(`the driver ended with ${this.process.exitCode}: ${this.#complaints}`);
     for (const { reject } of this.#waiting.values()) reject(error);
     this.#waiting.clear();
   }
