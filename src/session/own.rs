@@ -59,7 +59,12 @@ impl Member {
 
     fn bytes(&self) -> usize {
         let asked = self.asked.iter().map(|asked| &asked.state);
-        let all = asked.chain([&self.sure, &self.lost]).flatten();
+        // What is believed and entered again all the same is one event.
+        let same = |lost: &&Arc<PresenceMessage>| {
+            (self.sure.as_ref()).is_none_or(|sure| !Arc::ptr_eq(sure, lost))
+        };
+        let lost = self.lost.as_ref().filter(same);
+        let all = asked.chain([&self.sure]).flatten().chain(lost);
         all.map(|event| cost(event)).sum()
     }
 }
@@ -190,14 +195,16 @@ impl OwnMembers {
                 };
                 match verdict {
                     Verdict::Stored => member.becomes(ticket, asked.state),
-                    // What the client asked for itself it hears the fate of, and asks again.
-                    Verdict::Unknown if asked.state.is_some() && !asked.again => {
-                        member.becomes(ticket, asked.state);
+                    Verdict::Unknown if asked.state.is_some() => {
+                        member.becomes(ticket, asked.state.clone());
+                        // Of what the client asked for itself it hears the fate, and asks again.
+                        if asked.again && member.asked.is_empty() {
+                            member.lost = asked.state;
+                            lost = true;
+                        }
                     }
                     // Unless the client has asked for something else since.
-                    Verdict::Refused { later: true } | Verdict::Unknown
-                        if asked.again && member.asked.is_empty() =>
-                    {
+                    Verdict::Refused { later: true } if asked.again && member.asked.is_empty() => {
                         member.lost = asked.state;
                         lost = true;
                     }
