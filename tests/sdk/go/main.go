@@ -131,6 +131,20 @@ func (self *recorder) subscribe(ctx context.Context, name string, presence bool)
 			"reason":  reason(change.Reason),
 		})
 	})
+	// Both listen before either has waited for the channel: what comes with ATTACHED is heard.
+	listening := make(chan error, 1)
+	go func() {
+		if !presence {
+			listening <- nil
+			return
+		}
+		_, err := channel.Presence.SubscribeAll(ctx, func(event *ably.PresenceMessage) {
+			told := member(event)
+			told["event"], told["channel"] = "presence", name
+			tell(told)
+		})
+		listening <- err
+	}()
 	_, err := channel.SubscribeAll(ctx, func(message *ably.Message) {
 		tell(line{
 			"event":        "message",
@@ -140,15 +154,7 @@ func (self *recorder) subscribe(ctx context.Context, name string, presence bool)
 			"connectionId": message.ConnectionID,
 		})
 	})
-	if err != nil || !presence {
-		return err
-	}
-	_, err = channel.Presence.SubscribeAll(ctx, func(event *ably.PresenceMessage) {
-		told := member(event)
-		told["event"], told["channel"] = "presence", name
-		tell(told)
-	})
-	return err
+	return errors.Join(err, <-listening)
 }
 
 func (self *recorder) do(it command) (any, error) {

@@ -194,7 +194,7 @@ class JavaScript extends Participant {
         reason: change.reason && describe(change.reason),
       }),
     );
-    await channel.subscribe((message) =>
+    const messages = channel.subscribe((message) =>
       this.onMessage({
         channel: name,
         text: message.data,
@@ -203,9 +203,11 @@ class JavaScript extends Participant {
         connectionId: message.connectionId,
       }),
     );
+    // Both listen before either has waited for the channel: what comes with ATTACHED is heard.
     if (presence) {
       await channel.presence.subscribe((event) => this.add('presence', { channel: name, ...told(event) }));
     }
+    await messages;
   }
 
   async sendPublish(name, texts) {
