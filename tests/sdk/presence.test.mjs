@@ -165,16 +165,22 @@ for (const sdk of [1]) {
   });
 }
 
+/** A member on node 1, and the key with which its connection is resumed. */
+async function enterByHand(cluster, query, channel) {
+  const first = await RawClient.open(cluster.url(1), query);
+  const { connectionKey } = (await first.next(ACTION.CONNECTED)).connectionDetails;
+  first.send({ action: ACTION.ATTACH, channel });
+  await first.next(ACTION.ATTACHED);
+  first.send({ action: ACTION.PRESENCE, channel, msgSerial: 0, presence: [{ action: 2, data: 'x' }] });
+  return { first, connectionKey };
+}
+
 scenario('who comes back to the same node within the grace is not seen leaving', async (given) => {
   const { cluster, clients } = given;
   const name = 'presence-same-node';
   const watcher = await Watcher.attach(await clients.realtime(2), name);
   const query = { key: cluster.key, clientId: 'bob', remainPresentFor: '1500' };
-  const first = await RawClient.open(cluster.url(1), query);
-  const { connectionKey } = (await first.next(ACTION.CONNECTED)).connectionDetails;
-  first.send({ action: ACTION.ATTACH, channel: name });
-  await first.next(ACTION.ATTACHED);
-  first.send({ action: ACTION.PRESENCE, channel: name, msgSerial: 0, presence: [{ action: 2, data: 'x' }] });
+  const { first, connectionKey } = await enterByHand(cluster, query, name);
   await watcher.saw('enter', 'bob');
   first.socket.terminate();
   // The server has to notice that it is gone before it is back.
@@ -194,11 +200,7 @@ scenario('whom the successor of a connection never learned of leaves all the sam
   const name = 'presence-heir';
   const watcher = await Watcher.attach(await clients.realtime(2), name);
   const query = { key: cluster.key, clientId: 'bob' };
-  const first = await RawClient.open(cluster.url(1), query);
-  const { connectionKey } = (await first.next(ACTION.CONNECTED)).connectionDetails;
-  first.send({ action: ACTION.ATTACH, channel: name });
-  await first.next(ACTION.ATTACHED);
-  first.send({ action: ACTION.PRESENCE, channel: name, msgSerial: 0, presence: [{ action: 2, data: 'x' }] });
+  const { first, connectionKey } = await enterByHand(cluster, query, name);
   await watcher.saw('enter', 'bob');
   // It takes the connection over while the first socket lives, and ends it without attaching anything.
   const heir = await RawClient.open(cluster.url(3), { ...query, resume: connectionKey });
