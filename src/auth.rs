@@ -44,8 +44,10 @@ const CLOCK_SKEW_MAX_MS: u64 = 120_000;
 #[derive(Clone, Debug)]
 pub struct Identity {
     pub app: AppId,
-    /// The key it proved, or that signed its token, without the app and without the secret.
+    /// The key it proved, or that signed its token, without the app.
     pub key_id: String,
+    /// The key's secret then: another key may come to have the same id.
+    pub secret: Secret,
     pub client_id: ClientId,
     pub capability: Arc<Capability>,
     /// `None` when it proved the key itself, which never expires.
@@ -61,6 +63,8 @@ pub struct TokenClaims {
     pub revocation_key: Option<String>,
     /// Its key's tokens can be revoked.
     pub revocable: bool,
+    /// It allows every client id, whichever its bearer took.
+    pub any_client: bool,
 }
 
 impl Identity {

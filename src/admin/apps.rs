@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::auth::{Capability, is_key_id};
+use crate::broker::Broker;
 use crate::types::{AppId, ParseIdError};
 use crate::wire::control;
 
@@ -115,7 +116,11 @@ pub(super) fn read(
     let value = value.map_err(|err| invalid("request", format!("not JSON: {err}")))?;
     let mut fields = Fields::of(value, String::new())?;
     let id = fields.text("id")?.unwrap_or_else(|| random(9));
-    (id.parse::<AppId>()).map_err(|err: ParseIdError| invalid("id", err.to_string()))?;
+    let app = id.parse::<AppId>();
+    let app = app.map_err(|err: ParseIdError| invalid("id", err.to_string()))?;
+    if Broker::is_internal(&app) {
+        return Err(invalid("id", format!("`{id}` is the cluster's own")));
+    }
     let keys = match fields.list("keys", KEYS_MAX)? {
         None => vec![read_key(Fields::default(), &mut random)?],
         Some(list) => (list.into_iter())
@@ -354,6 +359,7 @@ mod tests {
             ("", "request: "),
             ("[]", "request: "),
             (r#"{"id":"a.b"}"#, "id: "),
+            (r#"{"id":"_firth"}"#, "id: `_firth` is the cluster's own"),
             (r#"{"id":5}"#, "id: "),
             (r#"{"name":"x"}"#, "name: no such field"),
             (r#"{"keys":{}}"#, "keys: "),

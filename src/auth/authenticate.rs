@@ -36,6 +36,7 @@ impl Keyring {
                 Identity {
                     app: key.app.clone(),
                     key_id: key.id.clone(),
+                    secret: key.secret.clone(),
                     client_id: ClientId::of_key(wanted)?,
                     capability: key.capability.clone(),
                     token: None,
@@ -52,14 +53,15 @@ impl Keyring {
     /// Whether a client that proved to be this may still be here.
     ///
     /// # Errors
-    /// `NotFound` when its app was deleted, `KeyRevoked` when its key was; `TokenRevoked` and `TokenExpired`.
+    /// `NotFound` when its app was deleted, `KeyRevoked` when its key was, be there another with its id; `TokenRevoked` and `TokenExpired`.
     pub fn review(
         &self,
         identity: &Identity,
         now_ms: u64,
         revocations: &Revocations,
     ) -> Result<(), ErrorInfo> {
-        if self.key(&identity.app, &identity.key_id)?.is_none() {
+        let key = self.key(&identity.app, &identity.key_id)?;
+        if key.is_none_or(|key| !key.secret.equals(&identity.secret)) {
             return Err(ErrorCode::KeyRevoked.into());
         }
         if revocations.covers(identity, now_ms) {
@@ -125,6 +127,7 @@ impl Keyring {
         Ok(Identity {
             app: name.app,
             key_id: name.key_id,
+            secret: key.secret.clone(),
             client_id: ClientId::of_token(claims.client_id.as_deref(), wanted)?,
             capability,
             token: Some(token),
@@ -170,6 +173,7 @@ fn lifetime(claims: &Claims, key: &Key, now_ms: u64) -> Result<TokenClaims, Erro
         expires_at_ms,
         revocation_key: claims.revocation_key.clone(),
         revocable,
+        any_client: claims.client_id.as_deref() == Some("*"),
     })
 }
 

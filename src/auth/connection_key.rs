@@ -21,7 +21,7 @@ const VERSION_OF_CLIENT: u8 = 3;
 const CONNECTION_ID_BYTES_MAX: usize = 64;
 
 /// Longest salt in bytes.
-const SALT_BYTES_MAX: usize = 32;
+const SALT_BYTES_MAX: usize = 40;
 
 /// A text that is not a connection key of this cluster and app.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -62,7 +62,7 @@ impl ConnectionKeys {
     }
 
     /// A key with which this connection is resumed. The same arguments give the same key; all keys of a connection are good.
-    /// `salt` is 1 to 32 characters that a connection id may have too.
+    /// `salt` is 1 to 40 characters that a connection id may have too.
     #[must_use]
     pub fn mint(&self, app: &AppId, connection_id: &str, salt: &str, client: &ClientId) -> String {
         debug_assert!(is_connection_id(connection_id), "{connection_id}");

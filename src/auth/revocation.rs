@@ -187,13 +187,16 @@ impl Revocations {
         let targets = self.0.get(&identity.app)?.get(&identity.key_id)?;
         let client_id = match &identity.client_id {
             ClientId::Exactly(id) => Some(id.clone()),
-            ClientId::Any => Some("*".to_owned()),
-            ClientId::Anonymous => None,
+            ClientId::Any | ClientId::Anonymous => None,
         };
+        let any_client = token.any_client.then(|| "*".to_owned());
         let channels = identity.capability.resources().map(str::to_owned);
-        let own = (client_id.into_iter().map(Target::ClientId))
-            .chain(token.revocation_key.clone().map(Target::RevocationKey))
-            .chain(channels.map(Target::Channel));
+        let own = (client_id
+            .into_iter()
+            .chain(any_client)
+            .map(Target::ClientId))
+        .chain(token.revocation_key.clone().map(Target::RevocationKey))
+        .chain(channels.map(Target::Channel));
         let marks = own.filter_map(|target| targets.get(&target)).flatten();
         marks
             .filter(|mark| token.issued_at_ms < mark.issued_before_ms)
@@ -227,7 +230,7 @@ fn insert(marks: &mut Vec<Mark>, mark: Mark, now_ms: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::auth::{Capability, TokenClaims};
+    use crate::auth::{Capability, Secret, TokenClaims};
     use proptest::prelude::*;
     use std::sync::Arc;
 
@@ -254,6 +257,7 @@ mod tests {
         Identity {
             app: "app".parse().unwrap(),
             key_id: "key".into(),
+            secret: Secret::new("secret"),
             client_id,
             capability: Arc::new(Capability::parse(r#"{"a:*":["*"],"b":["*"]}"#).unwrap()),
             token: Some(TokenClaims {
@@ -261,8 +265,16 @@ mod tests {
                 expires_at_ms: issued_at_ms + HOUR,
                 revocation_key: Some("group".into()),
                 revocable: true,
+                any_client: false,
             }),
         }
+    }
+
+    /// The bearer of a token for every client, who took this id.
+    fn any(client_id: ClientId) -> Identity {
+        let mut identity = identity(client_id, NOW - 1);
+        identity.token.as_mut().unwrap().any_client = true;
+        identity
     }
 
     fn me(issued_at_ms: u64) -> Identity {
@@ -290,7 +302,11 @@ mod tests {
         ] {
             assert!(!revoked(target, NOW).covers(&me(NOW - 1), NOW), "{target}");
         }
-        assert!(revoked("clientId:*", NOW).covers(&identity(ClientId::Any, NOW - 1), NOW));
+        for bearer in [ClientId::Any, ClientId::Exactly("me".into())] {
+            assert!(revoked("clientId:*", NOW).covers(&any(bearer), NOW));
+        }
+        let me = any(ClientId::Exactly("me".into()));
+        assert!(revoked("clientId:me", NOW).covers(&me, NOW));
     }
 
     #[test]

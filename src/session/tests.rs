@@ -27,6 +27,7 @@ fn opening(capability: &str, client_id: &str) -> Opening {
         identity: Identity {
             app: "app".parse().unwrap(),
             key_id: "key".into(),
+            secret: Secret::new("secret"),
             client_id: ClientId::of_key(Some(client_id)).unwrap(),
             capability: Arc::new(Capability::parse(capability).unwrap()),
             token: None,

@@ -211,6 +211,7 @@ fn session() -> Session {
         identity: Identity {
             app: "app".parse().unwrap(),
             key_id: "key".into(),
+            secret: Secret::new("secret"),
             client_id: ClientId::Any,
             capability: Arc::new(Capability::parse(r#"{"*":["*"]}"#).unwrap()),
             token: None,

@@ -16,11 +16,16 @@ const NOW: u64 = 1_795_309_503_139;
 const HOUR: u64 = 3_600_000;
 
 fn keyring() -> Keyring {
+    keyring_of("secret")
+}
+
+/// All keys have this secret.
+fn keyring_of(secret: &str) -> Keyring {
     let app: AppId = "app".parse().unwrap();
     let key = |id: &str, capability: &str, revocable_tokens| Key {
         app: app.clone(),
         id: id.into(),
-        secret: Secret::new("secret"),
+        secret: Secret::new(secret),
         capability: Arc::new(Capability::parse(capability).unwrap()),
         revocable_tokens,
     };
@@ -109,6 +114,7 @@ fn a_jwt_enters_as_what_it_says() {
         expires_at_ms: issued_at_ms + HOUR,
         revocation_key: Some("group".into()),
         revocable: false,
+        any_client: false,
     };
     assert_eq!(identity.token, Some(token));
     assert_eq!(identity.client_id, ClientId::Exactly("me".into()));
@@ -261,6 +267,12 @@ fn who_is_in_is_reviewed() {
     ring.put("app".parse().unwrap(), Arc::default());
     assert_eq!(code(&ring, NOW), ErrorCode::KeyRevoked);
     assert_eq!(code(&Keyring::default(), NOW), ErrorCode::NotFound);
+    let other = keyring_of("another");
+    assert_eq!(
+        code(&other, NOW),
+        ErrorCode::KeyRevoked,
+        "under the same id"
+    );
 }
 
 #[test]

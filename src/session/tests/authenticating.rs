@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use serde_json::{Value, json};
 
-use crate::auth::{Capability, ClientId, Identity, TokenClaims};
+use crate::auth::{Capability, ClientId, Identity, Secret, TokenClaims};
 use crate::session::tests::{
     ALL_MODES, EVERYTHING, FRESH, NOW, as_json, at, attach, attach_effect, drain, name, opening,
     publish, send, sent, sent_and_closed, session_with,
@@ -19,6 +19,7 @@ fn identity(capability: &str, client_id: ClientId, lives_ms: Option<u64>) -> Ide
     Identity {
         app: "app".parse().unwrap(),
         key_id: "key".into(),
+        secret: Secret::new("secret"),
         client_id,
         capability: Arc::new(Capability::parse(capability).unwrap()),
         token: lives_ms.map(|lives| TokenClaims {
@@ -26,6 +27,7 @@ fn identity(capability: &str, client_id: ClientId, lives_ms: Option<u64>) -> Ide
             expires_at_ms: NOW + lives,
             revocation_key: None,
             revocable: false,
+            any_client: false,
         }),
     }
 }
