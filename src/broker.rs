@@ -28,7 +28,7 @@ use crate::types::{
     NodeId, OccupancyChange, Range, Serial, ShardId,
 };
 use crate::wire::ably::PresenceMessage;
-use crate::wire::{control, entry};
+use crate::wire::{control, entry, peer};
 
 /// How long a read waits for a leader and for this node's replica.
 const READ_PATIENCE: Duration = Duration::from_secs(5);
@@ -217,6 +217,23 @@ impl Broker {
         (self.cluster).on_taken(move |taken| listener(&taken.connection_id, taken.at_ms, taken.by));
     }
 
+    /// What `node` answers to a client's request that it is relayed.
+    ///
+    /// # Errors
+    /// As [`Cluster::relay`].
+    pub async fn relay(&self, node: NodeId, asked: &peer::Relayed) -> Result<Bytes, ErrorInfo> {
+        self.cluster.relay(node, asked).await
+    }
+
+    /// Has what other nodes relay carried out by `listener`. The first one counts.
+    pub fn on_relayed<F>(&self, listener: impl Fn(peer::Relayed) -> F + Send + Sync + 'static)
+    where
+        F: Future<Output = Result<Bytes, ErrorInfo>> + Send + 'static,
+    {
+        let listener = move |asked| -> cluster::Relaying { Box::pin(listener(asked)) };
+        self.cluster.on_relayed(listener);
+    }
+
     /// Milliseconds since 1970, by this node's clock.
     #[must_use]
     pub fn now_ms(&self) -> u64 {
@@ -309,6 +326,22 @@ impl Broker {
             Ok(_) => Ok(true),
             Err(channel::ReadError::Behind(_)) => Ok(false),
             Err(err) => Err(read_error(err.into())),
+        }
+    }
+
+    /// Whether this node shows everything up to `serial`: its followers have been woken for it.
+    #[must_use]
+    pub fn shows(&self, key: &ChannelKey, serial: Serial) -> bool {
+        let shard = self.cluster.shard_of(key);
+        *self.cluster.applied(shard).borrow() >= serial.index
+    }
+
+    /// Waits until this node shows everything up to `serial`, or for as long as a reader waits.
+    pub async fn until_shown(&self, key: &ChannelKey, serial: Serial) {
+        let mut applied = self.cluster.applied(self.cluster.shard_of(key));
+        let shown = applied.wait_for(|applied| *applied >= serial.index);
+        if tokio::time::timeout(READ_PATIENCE, shown).await.is_err() {
+            tracing::warn!(channel = %key, %serial, "this node is far behind");
         }
     }
 

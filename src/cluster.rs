@@ -16,6 +16,7 @@ mod occupancy;
 mod proposer;
 mod readmit;
 mod registry;
+mod relay;
 mod replica;
 mod start;
 mod taken;
@@ -29,6 +30,7 @@ pub use control::CommandError;
 pub use lane::{SubmitError, Submitted};
 pub use readmit::{ReadmitError, Standing};
 pub use registry::{BRIDGE_SLOTS, BridgeState, Registry};
+pub use relay::Answer as Relaying;
 pub use replica::{EventSink, ShardPage, StoredRecord};
 pub use start::Parts;
 pub use taken::Taken;
@@ -46,6 +48,7 @@ use tokio::sync::{Semaphore, watch};
 use crate::channel::{RecordRef, Shard};
 use crate::cluster::attendance::Pulses;
 use crate::cluster::lane::Lane;
+use crate::cluster::relay::Relay;
 use crate::cluster::replica::State;
 use crate::cluster::taken::OnTaken;
 use crate::cluster::telling::Occupancy;
@@ -142,6 +145,7 @@ struct Inner {
     boot: u64,
     pulses: Pulses,
     on_taken: OnTaken,
+    relay: Relay,
     occupancy: Occupancy,
     /// Comparisons of states that agreed, and that did not.
     compared: AtomicU64,

@@ -12,14 +12,14 @@ mod members;
 mod occupancy;
 mod open;
 mod page;
+mod relay;
 mod rest;
 mod wire;
 mod ws;
 
 use std::net::SocketAddr;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, LazyLock, Mutex};
+use std::time::{Duration, Instant};
 
 use axum::{Extension, Router};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -131,6 +131,8 @@ impl Gateway {
             tasks: tasks.clone(),
             broker,
         };
+        let comets = door.comets.clone();
+        (door.broker).on_relayed(move |asked| relay::carry_out(comets.clone(), asked));
         (door.broker).on_taken(move |id, at_ms, by| live.taken_elsewhere(id, at_ms, by));
         let router = rest::router(door);
         let connections = Arc::new(Semaphore::new(self.options.connections_max));
@@ -225,11 +227,35 @@ fn unix_ms() -> u64 {
     })
 }
 
-/// The same, never less than before: what sessions live by.
+/// The same for what sessions live by: never less than before, and never standing still.
 fn steady_ms() -> u64 {
-    static NEWEST: AtomicU64 = AtomicU64::new(0);
-    let now = unix_ms();
-    NEWEST.fetch_max(now, Ordering::Relaxed).max(now)
+    static STEADY: Mutex<Steady> = Mutex::new(Steady {
+        quarters: 0,
+        elapsed_ms: 0,
+    });
+    static START: LazyLock<Instant> = LazyLock::new(Instant::now);
+    let mut steady = STEADY.lock().unwrap_or_else(|err| err.into_inner());
+    let elapsed = u64::try_from(START.elapsed().as_millis()).unwrap_or(u64::MAX);
+    steady.at(unix_ms(), elapsed)
+}
+
+/// A clock that waits for one that was set back by going slower: heartbeats come a little late meanwhile, and tokens end a
+/// little early, but both in the end when they should.
+struct Steady {
+    /// Of a millisecond, since 1970.
+    quarters: u64,
+    elapsed_ms: u64,
+}
+
+impl Steady {
+    /// `wall_ms` may jump, `elapsed_ms` may not.
+    fn at(&mut self, wall_ms: u64, elapsed_ms: u64) -> u64 {
+        let passed = elapsed_ms.saturating_sub(self.elapsed_ms);
+        self.elapsed_ms = elapsed_ms;
+        let slow = self.quarters.saturating_add(passed.saturating_mul(3));
+        self.quarters = slow.max(wall_ms.saturating_mul(4));
+        self.quarters / 4
+    }
 }
 
 /// Sixteen URL-safe characters that nobody can guess.
@@ -238,4 +264,25 @@ fn random_id() -> String {
     let mut random = [0; 12];
     getrandom::fill(&mut random).expect("the system has randomness once it has booted");
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(random)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_clock_that_is_set_back_is_waited_for_without_standing_still() {
+        let mut steady = Steady {
+            quarters: 0,
+            elapsed_ms: 0,
+        };
+        assert_eq!(steady.at(1_000, 0), 1_000);
+        assert_eq!(steady.at(1_100, 100), 1_100);
+        assert_eq!(steady.at(9_000, 101), 9_000, "set forward");
+        // And back again. However often it is asked, three quarters of the time pass.
+        let slow: Vec<u64> = (102..=105).map(|now| steady.at(1_000 + now, now)).collect();
+        assert_eq!(slow, [9_000, 9_001, 9_002, 9_003]);
+        assert_eq!(steady.at(1_000 + 4_101, 4_101), 12_000);
+        assert_eq!(steady.at(1_000 + 40_101, 40_101), 41_101, "caught up with");
+    }
 }

@@ -17,8 +17,8 @@ use crate::cluster::replica::{EventSink, ShardMachine};
 use crate::cluster::telling::Occupancy;
 use crate::cluster::upkeep::{Exported, Upkeep, Usage};
 use crate::cluster::{
-    Cluster, Error, Inner, OnTaken, Options, READERS, Registry, Replica, attendance, balance,
-    compare, control, readmit, taken, telling,
+    Cluster, Error, Inner, OnTaken, Options, READERS, Registry, Relay, Replica, attendance,
+    balance, compare, control, readmit, relay, taken, telling,
 };
 use crate::raft::Host;
 use crate::stdx::{ByteBudget, stable_hash};
@@ -99,6 +99,7 @@ impl Cluster {
             boot: attendance::random(),
             pulses: attendance::Pulses::default(),
             on_taken: OnTaken::default(),
+            relay: Relay::default(),
             compared: AtomicU64::new(0),
             differed: AtomicU64::new(0),
             leaving: std::sync::Mutex::default(),
@@ -115,15 +116,21 @@ impl Cluster {
             .send_replace("waiting for the cluster's registry to name this node".to_owned());
         cluster.is_registered().await?;
         cluster.start_shards(&parts, tasks).await?;
-        compare::start(&cluster, tasks);
-        attendance::start(&cluster, tasks);
-        taken::start(&cluster);
-        telling::start(&cluster, tasks);
-        balance::start(&cluster, tasks);
+        cluster.start_services(tasks);
         parts
             .phase
             .send_replace("catching up with the cluster".to_owned());
         Ok(cluster)
+    }
+
+    /// What needs the shards.
+    fn start_services(&self, tasks: &Tasks) {
+        compare::start(self, tasks);
+        attendance::start(self, tasks);
+        taken::start(self);
+        relay::start(self);
+        telling::start(self, tasks);
+        balance::start(self, tasks);
     }
 
     /// Reaches out to all other nodes: who leads nothing calls nobody, and must be heard all the same when it leaves.

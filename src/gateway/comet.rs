@@ -1,8 +1,8 @@
 //! A conversation over plain HTTP requests, for clients whose network lets no WebSocket through (§2.1).
 //!
 //! `connect` opens it and is its first `recv`; `recv` takes what waits, as one JSON array or as a stream of them, one a line;
-//! `send` brings an array of frames. All of them must reach the node that answered `connect`: what waits is in its memory. A
-//! client that comes to another one is told that it is disconnected, and resumes there.
+//! `send` brings an array of frames. What waits is in the memory of the node that answered `connect`; requests that come
+//! to another one are relayed to it.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -24,6 +24,8 @@ use crate::wire::ably::{self, Action, Format, Frame};
 const RECEIVE_PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes that wait for a client before the conversation waits for it.
 const WAITING_BYTES_MAX: usize = 256 * 1024;
+/// No frame, as an array.
+const NOTHING: Bytes = Bytes::from_static(b"[]");
 /// Frames in one `send`.
 const FRAMES_MAX: usize = 1024;
 
@@ -184,10 +186,23 @@ impl Ends {
     /// # Errors
     /// `Disconnected` when the conversation is over and everything was taken.
     async fn poll(&self) -> Result<Response<Body>, ErrorInfo> {
+        Ok(json(self.next().await?))
+    }
+
+    /// One array of what waits, as soon as something does, or an empty one after so long.
+    ///
+    /// # Errors
+    /// `Disconnected` when the conversation is over and everything was taken.
+    pub(super) async fn receive_within(&self, patience: Duration) -> Result<Bytes, ErrorInfo> {
+        let next = timeout(patience, self.next()).await;
+        next.unwrap_or(Ok(NOTHING))
+    }
+
+    async fn next(&self) -> Result<Bytes, ErrorInfo> {
         let receiving = self.mailbox.receive();
         match receiving.batch().await {
-            Batch::Frames(batch) => Ok(json(Body::from(batch))),
-            Batch::Replaced => Ok(json(Body::from("[]"))),
+            Batch::Frames(batch) => Ok(batch),
+            Batch::Replaced => Ok(NOTHING),
             Batch::Over => Err(over()),
         }
     }
@@ -210,8 +225,9 @@ impl Ends {
     }
 }
 
-fn json(body: Body) -> Response<Body> {
-    answer::body(StatusCode::OK, Format::Json, body)
+/// An array of frames, or lines of them.
+pub(super) fn json(body: impl Into<Body>) -> Response<Body> {
+    answer::body(StatusCode::OK, Format::Json, body.into())
 }
 
 fn over() -> ErrorInfo {

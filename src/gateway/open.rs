@@ -2,7 +2,7 @@
 
 use crate::auth::{ClientId, Holder, Presented};
 use crate::gateway::rest::{Pairs, find};
-use crate::gateway::{Door, random_id};
+use crate::gateway::{Door, random_id, relay};
 use crate::session::{ConnectParams, Opening};
 use crate::types::{ErrorCode, ErrorInfo};
 
@@ -35,7 +35,7 @@ pub(super) fn open(
         connection_key: keys.mint(
             &identity.app,
             &connection_id,
-            &random_id(),
+            &relay::salt(door.broker.node()),
             &identity.client_id,
         ),
         resumed: params.resume_key().is_some() && resume_failed.is_none(),

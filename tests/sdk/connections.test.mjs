@@ -322,6 +322,69 @@ for (const sdk of BOTH) {
   });
 }
 
+for (const sdk of BOTH) {
+  scenario(`ably-js ${sdk} over Comet, behind a balancer that gives each connection to another node`, async (given) => {
+    const { cluster, clients } = given;
+    const name = `comet-spread-${sdk}`;
+    const line = await clients.line(1);
+    line.spread();
+    const options = { sdk, port: line.port, clientId: 'ada', transports: ['comet'], useBinaryProtocol: false };
+    const client = await clients.connect(options);
+    const seen = await Subscriber.attach(client, name);
+    const other = await Subscriber.attach(await clients.realtime(2), name);
+    const { id } = client.connection;
+    await seen.channel.presence.enter('over http');
+    const sent = [];
+    for (let i = 0; i < 20; i++) {
+      sent.push(`to-${i}`, `from-${i}`);
+      await other.channel.publish('m', `to-${i}`);
+      await seen.channel.publish('m', `from-${i}`);
+    }
+    await Promise.all([seen, other].map((one) => one.received(sent.length)));
+    assert.deepEqual(seen.data.toSorted(), sent.toSorted());
+    assert.deepEqual(seen.data, other.data);
+    assert.equal(client.connection.id, id, 'one connection all the time');
+    assert.ok(line.came.size > 1, 'requests came to several nodes');
+    client.close();
+    await state(client.connection, 'closed');
+    await until(async () => (await other.channel.presence.get()).length === 0, { what: 'ada to have left' });
+  });
+}
+
+scenario('requests over Comet are relayed to the node that holds the connection, while it lives', async ({ cluster }) => {
+  const request = async (node, path, body) => {
+    const target = new URL(path, cluster.url(node));
+    const headers = { 'content-type': 'application/json' };
+    const answer = await inTime(fetch(target, { method: body ? 'POST' : 'GET', headers, body: body && JSON.stringify(body) }), {
+      what: `${path} on node ${node}`,
+    });
+    const text = await answer.text();
+    return { status: answer.status, frames: text ? JSON.parse(text) : [] };
+  };
+  const query = new URLSearchParams({ key: cluster.key, v: '6', format: 'json', stream: 'false', clientId: 'ada' });
+  const [welcome] = (await request(1, `/comet/connect?${query}`)).frames;
+  const comet = `/comet/${encodeURIComponent(welcome.connectionDetails.connectionKey)}`;
+  const channel = 'comet-relayed';
+  const waiting = request(2, `${comet}/recv`);
+  await request(3, `${comet}/send`, [{ action: ACTION.ATTACH, channel }]);
+  const [attached] = (await waiting).frames;
+  assert.equal(attached.action, ACTION.ATTACHED);
+  await request(2, `${comet}/send`, [{ action: ACTION.MESSAGE, channel, msgSerial: 0, messages: [{ data: 'hi' }] }]);
+  const heard = [];
+  while (heard.length < 2) heard.push(...(await request(3, `${comet}/recv`)).frames.map((frame) => frame.action));
+  assert.deepEqual(heard.toSorted(), [ACTION.ACK, ACTION.MESSAGE]);
+  const bad = await request(2, `${comet}/send`, { action: ACTION.ATTACH, channel });
+  assert.equal(bad.status, 400, 'what the other node says of it');
+  await cluster.without(1, async () => {
+    const over = await request(2, `${comet}/recv`);
+    assert.equal(over.frames.error.code, 80003);
+    const [again] = (await request(2, `/comet/connect?${query}&resume=${encodeURIComponent(welcome.connectionDetails.connectionKey)}`)).frames;
+    assert.equal(again.connectionId, welcome.connectionId);
+  });
+  const unknown = await request(2, '/comet/nobody!9-x.y/recv');
+  assert.equal(unknown.frames.error.code, 80003);
+});
+
 scenario('a raw resume tells each channel the truth about itself', async ({ cluster, clients }) => {
   const { raw, welcome } = await open(cluster, 1);
   const serials = {};

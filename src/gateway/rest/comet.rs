@@ -2,19 +2,22 @@
 
 use axum::body::Body;
 use axum::extract::State;
+use bytes::{Bytes, BytesMut};
 
 use crate::gateway::Door;
 use crate::gateway::answer::{self, failure};
-use crate::gateway::comet::Ends;
+use crate::gateway::comet::{self, Ends};
 use crate::gateway::conversation::Conversation;
 use crate::gateway::open::open;
+use crate::gateway::relay::{self, Place};
 use crate::gateway::rest::Answer;
 use crate::gateway::rest::asked::Asked;
 use crate::gateway::rest::sent::Sent;
 use crate::session::ConnectParams;
 use crate::tasks::OnError;
-use crate::types::ErrorInfo;
+use crate::types::{ErrorInfo, NodeId};
 use crate::wire::ably::{Action, Format};
+use crate::wire::peer::{Relayed, relayed};
 
 /// Opens a conversation and is its first `recv`.
 pub(super) async fn connect(State(door): State<Door>, asked: Asked) -> Answer {
@@ -43,15 +46,33 @@ fn begin(door: &Door, asked: &Asked) -> Result<Ends, ErrorInfo> {
 
 /// What waits for the client, as soon as something does.
 pub(super) async fn receive(State(door): State<Door>, asked: Asked) -> Answer {
-    respond(async { ends(&door, &asked)?.receive().await }).await
+    respond(async {
+        match place(&door, &asked)? {
+            Place::Here(ends) => ends.receive().await,
+            Place::Elsewhere(node) => {
+                let array = relay(&door, node, &asked, relayed::Action::Receive, Bytes::new());
+                let mut line = BytesMut::from(&array.await?[..]);
+                // To whom it should be a stream, it is one of one line.
+                line.extend_from_slice(b"\n");
+                Ok(comet::json(line.freeze()))
+            }
+        }
+    })
+    .await
 }
 
 /// Frames of the client. Answered when the conversation has taken them.
 pub(super) async fn send(State(door): State<Door>, asked: Asked, body: Body) -> Answer {
     respond(async {
-        let ends = ends(&door, &asked)?;
+        let place = place(&door, &asked)?;
         let sent = Sent::read(&asked.headers, body, door.limits.max_frame_bytes).await?;
-        ends.send(sent.bytes()).await?;
+        match place {
+            Place::Here(ends) => ends.send(sent.bytes()).await?,
+            Place::Elsewhere(node) => {
+                let frames = sent.bytes().clone();
+                relay(&door, node, &asked, relayed::Action::Send, frames).await?;
+            }
+        }
         Ok(answer::nothing())
     })
     .await
@@ -59,24 +80,50 @@ pub(super) async fn send(State(door): State<Door>, asked: Asked, body: Body) -> 
 
 /// The client is done: its members leave at once.
 pub(super) async fn close(State(door): State<Door>, asked: Asked) -> Answer {
-    say(&door, &asked, Action::Close).await
+    say(&door, &asked, Action::Close, relayed::Action::Close).await
 }
 
 /// The client goes on by another way.
 pub(super) async fn disconnect(State(door): State<Door>, asked: Asked) -> Answer {
-    say(&door, &asked, Action::Disconnect).await
+    say(
+        &door,
+        &asked,
+        Action::Disconnect,
+        relayed::Action::Disconnect,
+    )
+    .await
 }
 
-async fn say(door: &Door, asked: &Asked, action: Action) -> Answer {
+async fn say(door: &Door, asked: &Asked, here: Action, elsewhere: relayed::Action) -> Answer {
     respond(async {
-        ends(door, asked)?.say(action).await?;
+        match place(door, asked)? {
+            Place::Here(ends) => ends.say(here).await?,
+            Place::Elsewhere(node) => {
+                relay(door, node, asked, elsewhere, Bytes::new()).await?;
+            }
+        }
         Ok(answer::nothing())
     })
     .await
 }
 
-fn ends(door: &Door, asked: &Asked) -> Result<Ends, ErrorInfo> {
-    door.comets.find(asked.segment("key"))
+fn place(door: &Door, asked: &Asked) -> Result<Place, ErrorInfo> {
+    relay::place(&door.comets, &door.broker, asked.segment("key"))
+}
+
+async fn relay(
+    door: &Door,
+    node: NodeId,
+    asked: &Asked,
+    action: relayed::Action,
+    body: Bytes,
+) -> Result<Bytes, ErrorInfo> {
+    let relayed = Relayed {
+        connection_key: asked.segment("key").to_owned(),
+        action: action.into(),
+        body,
+    };
+    door.broker.relay(node, &relayed).await
 }
 
 async fn respond(work: impl Future<Output = Result<Answer, ErrorInfo>>) -> Answer {

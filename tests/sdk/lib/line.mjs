@@ -4,13 +4,17 @@ import net from 'node:net';
 
 /** Plain TCP on a port of its own, as a level-4 load balancer would be; it knows nothing of the protocol.
  *
- * New connections go to node `target`, or to any living node while that one is dead.
+ * New connections go to node `target`, or to any living node while that one is dead; of a line that was `spread`, to the
+ * nodes in turn.
  */
 export class Line {
   #server;
   #pairs = new Set();
   #held = false;
   #refusing = false;
+  #spread = false;
+  /** Connections by node. */
+  came = new Map();
 
   static async open(cluster, target) {
     const line = new Line();
@@ -48,6 +52,11 @@ export class Line {
     this.target = target;
   }
 
+  /** From now on new connections come to the nodes in turn. */
+  spread() {
+    this.#spread = true;
+  }
+
   /** Whether new connections are turned away. */
   refuse(yes) {
     this.#refusing = yes;
@@ -71,6 +80,8 @@ export class Line {
     }
     const living = this.cluster.living();
     const node = living.includes(this.target) ? this.target : (living[0] ?? this.target);
+    if (this.#spread) this.target = living[(living.indexOf(node) + 1) % living.length] ?? node;
+    this.came.set(node, (this.came.get(node) ?? 0) + 1);
     const inside = net.connect(this.cluster.port(node), '127.0.0.1');
     const both = [outside, inside];
     const pair = {
