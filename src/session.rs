@@ -372,6 +372,7 @@ impl Session {
     }
 
     /// The owner had to skip records of an attached channel and goes on after `at`; `members` are as of then. Tells the client.
+    /// Own members whose leaving was among what was skipped are entered again.
     pub fn handle_discontinuity(
         &mut self,
         channel: &ChannelName,
@@ -380,10 +381,15 @@ impl Session {
         error: &ErrorInfo,
         now_ms: u64,
     ) {
+        let missing = self.presence.reconcile(channel, &members);
         let reply = self
             .attachments
             .on_discontinuity(channel, at, members, error, now_ms);
         self.apply(reply, now_ms);
+        if missing && !self.closed {
+            self.enter_again(channel.clone());
+            self.check_invariants();
+        }
     }
 
     /// What an [`Effect::Members`] asked for.

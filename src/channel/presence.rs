@@ -92,7 +92,7 @@ pub(super) struct Presence {
 pub(super) struct Changes {
     /// Who is there with which last event, or is not there any more.
     members: BTreeMap<MemberKey, Option<Held>>,
-    /// Who attends their connections from now on; `None` leaves that as it is.
+    /// Who attends their connections from now on, for who enters is here; `None` leaves that as it is.
     by: Option<Attendant>,
 }
 
@@ -164,6 +164,10 @@ pub(super) fn decide(
             return Err(Outcome::Full);
         }
         changes.members.insert(key, changed);
+    }
+    // Who has a member leave need not be here for the connection's other ones.
+    if changes.members.values().all(Option::is_none) {
+        changes.by = None;
     }
     match changes.members.is_empty() || unattended {
         true => Err(Outcome::Unchanged),

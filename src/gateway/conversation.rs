@@ -54,14 +54,26 @@ impl Drop for Hearing {
     }
 }
 
+/// How a channel is to be followed.
+struct Joining {
+    start: Start,
+    /// Whether the client wants something of the channel.
+    wanted: bool,
+    members: bool,
+    in_place: bool,
+}
+
 type Watched = watch::Receiver<Option<Metrics>>;
 
 /// What came of something that the conversation waited for.
 enum Done {
     /// `None`: presence that changed nothing.
     Published(Ticket, Result<Option<Serial>, ErrorInfo>),
-    /// Presence that was stored before, and the channel's members by now, if they could be read.
-    Repeated(Ticket, Serial, ChannelName, Option<Vec<PresenceMessage>>),
+    /// Presence that this node shows by now. Stored before, it comes with the channel's members by now, if they could be
+    /// read.
+    Present(Ticket, Serial, ChannelName, Option<Vec<PresenceMessage>>),
+    /// This node shows what the client has seen of a channel that it attaches.
+    Shown(ChannelName, Box<Joining>),
     Members(ChannelName, Result<Vec<PresenceMessage>, ErrorInfo>),
     /// The channel's occupancy changed; which hearing wants to know, and where it hears more.
     Occupied(ChannelName, u64, Metrics, Watched),
@@ -194,12 +206,17 @@ impl<W: Wire> Conversation<W> {
             Done::Published(ticket, outcome) => {
                 self.session.handle_published(ticket, outcome, steady_ms());
             }
-            Done::Repeated(ticket, serial, channel, members) => {
+            Done::Present(ticket, serial, channel, members) => {
+                // Before its answer, so that a client library that was told that its member is in has it in its list. Who has
+                // much to catch up on is not waited for.
+                let slot = self.attachments.get(&channel).map(|it| it.slot);
+                self.on_ready(slot).await?;
                 (self.session).handle_published(ticket, Ok(Some(serial)), steady_ms());
                 if let Some(members) = members {
                     (self.session).handle_repeated(&channel, &members, steady_ms());
                 }
             }
+            Done::Shown(channel, joining) => self.join(&channel, &joining),
             Done::Members(channel, members) => {
                 self.session.handle_members(&channel, members, steady_ms());
             }
@@ -244,10 +261,13 @@ impl<W: Wire> Conversation<W> {
                     in_place,
                     ..
                 } => {
-                    let wanted = subscribe || presence_subscribe || members;
-                    let outcome = self.attach(&channel, start, wanted, members, in_place);
-                    self.session.handle_attached(&channel, outcome, steady_ms());
-                    self.count(&channel);
+                    let joining = Joining {
+                        start,
+                        wanted: subscribe || presence_subscribe || members,
+                        members,
+                        in_place,
+                    };
+                    self.attach(channel, joining);
                 }
                 Effect::Detach { channel } => {
                     if let Some(attachment) = self.attachments.remove(&channel) {
@@ -336,9 +356,13 @@ impl<W: Wire> Conversation<W> {
         let published = broker.publish(publish);
         self.doing.push(Box::pin(async move {
             let outcome = match published.outcome().await {
-                Ok((Some(serial), true)) if is_presence => {
-                    let members = broker.members(&key).await.ok();
-                    return Done::Repeated(ticket, serial, key.name, members);
+                Ok((Some(serial), repeated)) if is_presence => {
+                    let members = match repeated {
+                        true => broker.members(&key).await.ok(),
+                        false => None,
+                    };
+                    broker.until_shown(&key, serial).await;
+                    return Done::Present(ticket, serial, key.name, members);
                 }
                 Ok((Some(serial), _)) => Ok(Some(serial)),
                 Ok((None, _)) if is_presence => Ok(None),
@@ -373,14 +397,34 @@ impl<W: Wire> Conversation<W> {
         }));
     }
 
-    fn attach(
-        &mut self,
-        channel: &ChannelName,
-        start: Start,
-        wanted: bool,
-        members: bool,
-        in_place: bool,
-    ) -> AttachOutcome {
+    /// A client that saw more than this node shows yet, on another, would be told of members as they were before.
+    fn attach(&mut self, channel: ChannelName, joining: Joining) {
+        let key = self.key(channel.clone());
+        match joining.start {
+            Start::After(serial) if !joining.in_place && !self.door.broker.shows(&key, serial) => {
+                let broker = self.door.broker.clone();
+                self.doing.push(Box::pin(async move {
+                    broker.until_shown(&key, serial).await;
+                    Done::Shown(channel, Box::new(joining))
+                }));
+            }
+            _ => self.join(&channel, &joining),
+        }
+    }
+
+    fn join(&mut self, channel: &ChannelName, joining: &Joining) {
+        let outcome = self.follow(channel, joining);
+        (self.session).handle_attached(channel, outcome, steady_ms());
+        self.count(channel);
+    }
+
+    fn follow(&mut self, channel: &ChannelName, joining: &Joining) -> AttachOutcome {
+        let &Joining {
+            start,
+            wanted,
+            members,
+            in_place,
+        } = joining;
         let former = self.attachments.remove(channel);
         if let Some(attachment) = &former {
             self.slots.remove(&attachment.slot);
@@ -510,13 +554,14 @@ impl<W: Wire> Conversation<W> {
         let members_as_of = attachment.members_as_of;
         let mut unreadable = false;
         for record in polled.records {
+            let left = self.own_members_left(&record);
             let told = record.is_presence()
                 && members_as_of.is_some_and(|as_of| record.at.serial <= as_of);
-            if told {
-                continue;
-            }
-            let left = self.own_members_left(&record);
-            match self.bytes_for(&channel, &record, !left.is_empty()) {
+            let bytes = match told {
+                true => None,
+                false => self.bytes_for(&channel, &record, !left.is_empty()),
+            };
+            match bytes {
                 Some(bytes) if bytes.is_empty() => unreadable = true,
                 Some(bytes) => {
                     self.wire.send_bytes(bytes).await?;
@@ -539,8 +584,14 @@ impl<W: Wire> Conversation<W> {
 
     /// Records of an attached channel cannot be had: goes on from the present, and tells the client.
     fn begin_anew(&mut self, channel: &ChannelName, error: &ErrorInfo) {
-        let members = (self.attachments.get(channel)).is_some_and(|it| it.members_as_of.is_some());
-        let begun = self.attach(channel, Start::Present, true, members, false);
+        let joining = Joining {
+            start: Start::Present,
+            wanted: true,
+            // Among what was skipped may be leaves of this connection's own.
+            members: true,
+            in_place: false,
+        };
+        let begun = self.follow(channel, &joining);
         let AttachOutcome { at, members, .. } = begun;
         (self.session).handle_discontinuity(channel, at, members, error, steady_ms());
     }

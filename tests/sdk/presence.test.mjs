@@ -142,8 +142,7 @@ scenario('remainPresentFor shortens the grace', async ({ clients }) => {
   await watcher.saw('leave', 'eve', { within: 6_000 });
 });
 
-// Of ably-js 2 this does not always hold yet: see docs/protocol.md, entering again.
-for (const sdk of [1]) {
+for (const sdk of [2, 1]) {
   scenario(`ably-js ${sdk}: a client that comes back after it had left enters again by itself`, async (given) => {
     const { clients } = given;
     const name = `presence-again-${sdk}`;
@@ -174,6 +173,25 @@ async function enterByHand(cluster, query, channel) {
   first.send({ action: ACTION.PRESENCE, channel, msgSerial: 0, presence: [{ action: 2, data: 'x' }] });
   return { first, connectionKey };
 }
+
+// A client library that goes away before it heard of its own member does not know that it has one to enter again.
+scenario('who is told that it is in has heard so before', async ({ cluster }) => {
+  for (const node of cluster.nodes) {
+    const client = await RawClient.open(cluster.url(node.id), { key: cluster.key, clientId: 'bob' });
+    for (let i = 0; i < 30; i++) {
+      const channel = `presence-echo-${node.id}-${i}`;
+      client.send({ action: ACTION.ATTACH, channel });
+      await client.next(ACTION.ATTACHED);
+      client.send({ action: ACTION.PRESENCE, channel, msgSerial: i, presence: [{ action: 2, data: 'x' }] });
+      await client.next(ACTION.ACK);
+      const { frames } = client;
+      const heard = frames.findIndex((frame) => frame.action === ACTION.PRESENCE && frame.channel === channel);
+      const told = frames.findIndex((frame) => frame.action === ACTION.ACK && frame.msgSerial === i);
+      assert.ok(heard >= 0 && heard < told, `${channel}: told as frame ${told}, heard as ${heard}`);
+    }
+    client.socket.terminate();
+  }
+});
 
 scenario('who comes back to the same node within the grace is not seen leaving', async (given) => {
   const { cluster, clients } = given;

@@ -172,6 +172,11 @@ fn nobody_attends_a_connection_without_members() {
         [by(2)],
         "who is heard from"
     );
+    one(&mut shard, 6, events("c:2", 2, &[(ENTER, "bob")]));
+    // Late, from where the connection was before.
+    one(&mut shard, 7, events("c:3", 1, &[(LEAVE, "ann")]));
+    let attends = shard.attendants().collect::<Vec<_>>();
+    assert_eq!(attends, [by(2)], "who leaves is nowhere");
 }
 
 /// A lane sends what has no answer again, in order: what changed nothing the first time must not change what its

@@ -715,6 +715,30 @@ fn a_member_that_was_removed_by_mistake_enters_again() {
 }
 
 #[test]
+fn a_member_whose_removal_was_among_what_was_skipped_enters_again() {
+    let mut session = attached();
+    enter(&mut session, 0, "me", "hi");
+    let lost = ErrorCode::ContinuityLost.into();
+    let mut skip = |members| {
+        session.handle_discontinuity(&name("c"), serial(50), members, &lost, NOW);
+        drain(&mut session)
+    };
+    let own = PresenceMessage {
+        connection_id: Some("conn1".into()),
+        client_id: Some("me".into()),
+        ..PresenceMessage::default()
+    };
+    let told = |effects: &[Effect]| {
+        effects
+            .iter()
+            .any(|it| matches!(it, Effect::Publish { .. }))
+    };
+    assert!(!told(&skip(vec![own])), "it is still in");
+    let (_, _, seen) = record(&skip(vec![])[1..]);
+    assert_eq!(seen, [event(2, "me", "hi")]);
+}
+
+#[test]
 fn an_enter_that_was_stored_before_and_undone_since_is_made_again() {
     let mut session = resumed();
     let (ticket, ..) = record(&events(

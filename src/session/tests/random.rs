@@ -239,6 +239,14 @@ impl Model {
         ));
     }
 
+    /// Everybody else left while nobody looked.
+    fn skip(&mut self, channel: &ChannelName, stay: &[&str]) {
+        let members = self.members().into_iter();
+        let leavers = members.filter(|(of, who)| of == channel && !stay.contains(&&**who));
+        let leavers = leavers.map(|(_, who)| who).collect();
+        self.log.push(Step::Leave(channel.clone(), leavers));
+    }
+
     /// Who is a member in the end. A leave of somebody else's making is a leave.
     fn members(&self) -> BTreeSet<(ChannelName, String)> {
         let mut members = BTreeSet::new();
@@ -413,6 +421,7 @@ fn apply(session: &mut Session, model: &mut Model, input: Input, now: &mut u64) 
             session.handle_detached(&channel(n), *now);
         }
         Input::Discontinuity(n) => {
+            model.skip(&channel(n), &CLIENTS);
             session.handle_discontinuity(
                 &channel(n),
                 serial(7),

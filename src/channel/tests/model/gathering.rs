@@ -138,9 +138,10 @@ impl Gathering {
         if touched.is_empty() || alone {
             return Err(Expected::Unchanged);
         }
+        let enters = members.values().any(|present| present.at == place);
         self.members = members;
         for connection in touched {
-            if !asked.if_attended {
+            if !asked.if_attended && enters {
                 self.attends.insert(connection, by);
             }
         }
