@@ -283,6 +283,23 @@ test('presence: a dead client leaves once', () =>
 finds('of a dead client', 'double-leave', death().presence('a', 'leave', 'x').presence('a', 'leave', 'x'));
 finds('of a dead client', 'no-leave', death());
 finds('of a dead client', 'late-leave', death().presence('a', 'leave', 'x', 'of-x', 90_000));
+const attended = (from, to) =>
+  new Script()
+    .add('connection', { client: 'x', state: 'connected', connectionId: 'of-x' }, 0)
+    .presence('a', 'enter', 'x')
+    .add('connection', { client: 'x', state: 'disconnected' }, from)
+    .add('connection', { client: 'x', state: 'connected', connectionId: 'of-x' }, to);
+const sentAway = (script, at, connectionId = 'of-x') =>
+  script.add('presence', { client: 'a', channel: C, action: 'leave', clientId: 'x', connectionId, id: 'left-1:0:0' }, at);
+finds('of somebody who was there', 'early-leave', sentAway(attended(100, 200), 20_000));
+finds('of somebody away for a moment', 'early-leave', sentAway(attended(100, 8_000), 20_000));
+finds('long after somebody was away', 'early-leave', sentAway(attended(100, 20_000), 90_000));
+test('presence: who is away for long is made to leave', () => {
+  assert.deepEqual(names(sentAway(attended(100, 20_000), 16_000)), []);
+  assert.deepEqual(names(sentAway(attended(100, 20_000), 21_000)), []);
+  const other = attended(100, 200).presence('a', 'enter', 'x', 'former');
+  assert.deepEqual(names(sentAway(other, 300, 'former')), []);
+});
 test('presence: a member that enters again with another connection left once each', () =>
   assert.deepEqual(
     names(

@@ -3,13 +3,16 @@
 import { dice } from './dice.mjs';
 import { pause, until } from './wait.mjs';
 
+/** Members stay for 15 s. */
+const AWAY_MS = 17_000;
+
 /** An endless schedule: `{afterMs, fault, node?, forMs?, client?}`; `client` is a number to take modulo their count.
  *
  * The same seed gives the same schedule whatever happens meanwhile.
  */
 export function* schedule(seed, { nodes = 3 } = {}) {
   const chance = dice(seed);
-  const faults = ['kill', 'kill', 'pause', 'pause', 'evacuate', 'cut', 'cut', 'cut', 'cut-all', 'move', 'hold'];
+  const faults = ['kill', 'kill', 'pause', 'pause', 'evacuate', 'cut', 'cut', 'cut', 'cut-all', 'move', 'hold', 'away'];
   for (;;) {
     const step = { afterMs: chance.between(500, 3_000), fault: chance.pick(faults) };
     yield {
@@ -28,6 +31,7 @@ export async function torment(cluster, steps, { participants, history, stopped }
   const living = () => participants.filter((one) => !one.dead);
   const tell = (what) => history.add('fault', { what });
   const wait = (ms) => sleep(ms, stopped);
+  const away = new Map();
   const others = (node) => cluster.nodes.map(({ id }) => id).filter((id) => id !== node);
   const faults = {
     kill: async ({ node, second, forMs }) => {
@@ -78,12 +82,27 @@ export async function torment(cluster, steps, { participants, history, stopped }
       await wait(forMs);
       one.line.cut();
     },
+    // For longer than a member stays without its client. Meanwhile other things go wrong.
+    away: async ({ client, forMs }) => {
+      const one = living()[client % living().length];
+      if (away.has(one)) return;
+      const ms = AWAY_MS + forMs;
+      tell(`${one.name} is away for ${ms} ms`);
+      one.line.die();
+      const back = wait(ms).then(() => {
+        tell(`${one.name} may come back`);
+        one.line.refuse(false);
+        away.delete(one);
+      });
+      away.set(one, back);
+    },
   };
   for (const step of steps) {
     await wait(step.afterMs);
-    if (stopped.yes) return;
+    if (stopped.yes) break;
     await faults[step.fault](step);
   }
+  await Promise.all(away.values());
 }
 
 async function paused(cluster, nodes, meanwhile) {

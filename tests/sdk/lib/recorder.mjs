@@ -8,7 +8,8 @@
 //   acked       {client, channel, texts, ref, serials?}      refused {client, channel, texts, ref, error}
 //   message     {client, channel, text, serial?, id, connectionId}
 //   presence    {client, channel, action, clientId, connectionId, data, id}
-//   present     {client, channel, clientId, data}: a presence operation was acknowledged; `absent` the same of a leave
+//   present     {client, channel, clientId, data}: a presence operation was acknowledged; `absent` the same of a leave;
+//               `unsure`: it was not
 //   read        {channel, node, after, limit, records}: the newest records, asked for when `after` was acknowledged
 //   died        {client, connectionId}: its machine is gone without a word
 //   fault       {what}: what the nemesis did; of no meaning to the judge
@@ -74,6 +75,8 @@ export class Participant {
   last = new Map();
   state = 'initialized';
   attached = new Map();
+  /** What became of the last presence operation, by channel. */
+  surely = new Map();
   unanswered = 0;
   #ref = 0;
 
@@ -103,9 +106,12 @@ export class Participant {
     this.unanswered++;
     try {
       await this.sendPresence(operation, channel, data);
-      this.add(operation === 'leave' ? 'absent' : 'present', { channel, clientId: this.name, data });
+      const now = operation === 'leave' ? 'absent' : 'present';
+      this.surely.set(channel, now);
+      this.add(now, { channel, clientId: this.name, data });
       return true;
     } catch (error) {
+      this.surely.set(channel, 'unsure');
       this.add('unsure', { channel, clientId: this.name, operation, error: describe(error) });
       return false;
     } finally {

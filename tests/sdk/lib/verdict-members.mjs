@@ -1,11 +1,49 @@
 // The presence half of the verdict, promise 6: who is listed is there, who is there is listed, the dead leave once.
 
 const LEAVE_WITHIN_MS = 60_000;
+// Members stay for 15 s without their client. A node may see it go a little earlier than the client itself.
+const STAYS_MS = 12_000;
+// A leave is seen that long after it was due: the node that attends the member, or who looks, may have been away.
+const SEEN_LATE_MS = 45_000;
+// The ids of leaves that no client asked for.
+const LEFT = 'left-';
 
 /** `add(fault, channel, client, detail)` for every fault of presence in the history. */
 export function judgeMembers(events, { leaveWithinMs = LEAVE_WITHIN_MS, add }) {
   judgeLists(events, add);
   judgeLeaves(events, { leaveWithinMs, add });
+  judgeHaste(events, add);
+}
+
+/** Nobody is made to leave whose client is there, or is away for a moment. */
+function judgeHaste(events, add) {
+  const absences = new Map();
+  const now = new Map();
+  const of = (client) => {
+    if (!absences.has(client)) absences.set(client, []);
+    return absences.get(client);
+  };
+  const told = new Set();
+  for (const { kind, client, state, connectionId, at, action, clientId, channel, id } of events) {
+    if (kind === 'died') of(client).push({ from: at, to: Infinity });
+    if (kind === 'connection') {
+      const last = of(client).at(-1);
+      if (state === 'connected') {
+        now.set(client, connectionId);
+        if (last?.to === Infinity) last.to = at;
+      } else if (last?.to !== Infinity) {
+        of(client).push({ from: at, to: Infinity });
+      }
+    }
+    if (kind !== 'presence' || action !== 'leave' || !id?.startsWith(LEFT) || told.has(id + clientId)) continue;
+    // Of a connection that the client has not any more, or of somebody nobody knows.
+    if (now.get(clientId) !== connectionId) continue;
+    told.add(id + clientId);
+    const long = ({ from, to }) => Math.min(to, at) - from >= STAYS_MS && to >= at - SEEN_LATE_MS;
+    if (!of(clientId).some(long)) {
+      add('early-leave', channel, client, `${clientId} (${connectionId}) left at ${at} ms, and was not away for long`);
+    }
+  }
 }
 
 /** At the end every list of members equals the set of those who are present. */

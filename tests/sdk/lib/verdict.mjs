@@ -47,6 +47,7 @@ export const FAULTS = {
   'double-leave': 'a member left twice',
   'no-leave': 'a dead client’s member never left for a subscriber that had seen it',
   'late-leave': 'a dead client’s member left too late',
+  'early-leave': 'a node had a member leave although its client was not away for so long',
 };
 
 /** Numbers to tell beside a verdict. */
