@@ -4,6 +4,7 @@
 //! heartbeat. What arrives is served by handlers that rooms above register. A connection that ends is dialed
 //! again with growing pauses; what was under way on it fails and says whether it was sent.
 
+mod body;
 pub mod certs;
 mod frame;
 mod link;
@@ -32,6 +33,7 @@ use crate::tasks::{OnError, Tasks};
 use crate::types::{GroupId, NodeId};
 use crate::wire::peer;
 
+pub use self::body::Body;
 use self::link::Link;
 pub use self::stream::{FrameRx, FrameTx, StreamError};
 
@@ -408,7 +410,7 @@ impl Transport {
         lane: Lane,
         service: Service,
         group: GroupId,
-        body: Bytes,
+        body: Body,
         deadline: Duration,
     ) -> Result<Bytes, CallError> {
         self.check_size(body.len())?;

@@ -91,7 +91,7 @@ impl Cluster {
     pub async fn relay(&self, node: NodeId, asked: &peer::Relayed) -> Result<Bytes, ErrorInfo> {
         let place = self.0.relay.places.try_acquire();
         let _place = place.map_err(|_| ErrorInfo::from(ErrorCode::Busy))?;
-        let body = Bytes::from(asked.encode_to_vec());
+        let body = asked.encode_to_vec().into();
         let (transport, group) = (&self.0.transport, GroupId::CONTROL);
         let answer = transport.call(node, Lane::Bulk, RELAY, group, body, PATIENCE);
         let answer = answer.await.map_err(|err: CallError| gone(&err))?;

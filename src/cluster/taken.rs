@@ -91,7 +91,7 @@ impl Cluster {
 
     async fn tell_taken(&self, node: NodeId, body: &Bytes) {
         let (transport, group) = (&self.0.transport, GroupId::CONTROL);
-        let tell = || transport.call(node, Lane::Raft, TAKEN, group, body.clone(), TELL);
+        let tell = || transport.call(node, Lane::Raft, TAKEN, group, body.clone().into(), TELL);
         while tell().await.is_err() {
             tokio::time::sleep(AGAIN).await;
         }

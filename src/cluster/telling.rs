@@ -230,8 +230,14 @@ impl Cluster {
                     .ok(),
                 Some(leader) => {
                     let (transport, group) = (&self.0.transport, GroupId::of_shard(shard));
-                    let call =
-                        transport.call(leader, Lane::Bulk, ENUMERATE, group, body.clone(), TELL);
+                    let call = transport.call(
+                        leader,
+                        Lane::Bulk,
+                        ENUMERATE,
+                        group,
+                        body.clone().into(),
+                        TELL,
+                    );
                     call.await.ok()
                 }
                 None => None,

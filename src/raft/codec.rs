@@ -3,12 +3,18 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use openraft::{EmptyNode, EntryPayload};
 use prost::Message as _;
+use prost::encoding::{WireType, encode_key, encode_varint};
 
 use crate::raft::{Entry, LogId, Membership, Payload, TypeConfig, Vote};
+use crate::transport::Body;
 use crate::wire::peer;
+
+/// Numbers of fields, as the schema has them.
+const APPEND_ENTRIES: u32 = 3;
+const ENTRY_NORMAL: u32 = 3;
 
 type LeaderId = openraft::alias::LeaderIdOf<TypeConfig>;
 pub(super) type AppendRequest = openraft::raft::AppendEntriesRequest<TypeConfig>;
@@ -109,14 +115,39 @@ pub(super) fn entry_in(entry: peer::LogEntry) -> io::Result<Entry> {
     })
 }
 
-pub(super) fn append_out(rpc: &AppendRequest) -> Bytes {
+/// A [`peer::AppendRequest`]. Payloads are pieces of their own, and not copied.
+pub(super) fn append_out(rpc: &AppendRequest) -> Body {
+    // Of one message the encoding is that of its parts, in any order.
     let request = peer::AppendRequest {
         vote: Some(vote_out(&rpc.vote)),
         prev: rpc.prev_log_id.as_ref().map(log_id_out),
-        entries: rpc.entries.iter().map(entry_out).collect(),
+        entries: Vec::new(),
         committed: rpc.leader_commit.as_ref().map(log_id_out),
     };
-    request.encode_to_vec().into()
+    let mut small = BytesMut::from(&*request.encode_to_vec());
+    let mut body = Body::default();
+    for entry in &rpc.entries {
+        let mut out = entry_out(entry);
+        let size = out.encoded_len() as u64;
+        encode_key(APPEND_ENTRIES, WireType::LengthDelimited, &mut small);
+        encode_varint(size, &mut small);
+        let payload = match out.payload.take() {
+            Some(peer::log_entry::Payload::Normal(payload)) => Some(payload),
+            other => {
+                out.payload = other;
+                None
+            }
+        };
+        small.extend_from_slice(&out.encode_to_vec());
+        if let Some(payload) = payload {
+            encode_key(ENTRY_NORMAL, WireType::LengthDelimited, &mut small);
+            encode_varint(payload.len() as u64, &mut small);
+            body.push(small.split().freeze());
+            body.push(payload);
+        }
+    }
+    body.push(small.freeze());
+    body
 }
 
 pub(super) fn append_in(body: Bytes) -> io::Result<AppendRequest> {
@@ -193,4 +224,44 @@ pub(super) fn vote_response_in(body: Bytes) -> io::Result<VoteResponse> {
         last,
         response.granted,
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_append_request_is_read_back_whatever_its_pieces() {
+        let payloads = [
+            EntryPayload::Blank,
+            EntryPayload::Normal(Payload(Bytes::new())),
+            EntryPayload::Normal(Payload(Bytes::from_static(b"small"))),
+            EntryPayload::Normal(Payload(vec![7; 100_000].into())),
+            EntryPayload::Membership(Membership::default()),
+        ];
+        let entries = (1..).zip(payloads).map(|(index, payload)| Entry {
+            log_id: log_id(2, 1, index),
+            payload,
+        });
+        let rpc = AppendRequest {
+            vote: Vote::new_committed(2, 1),
+            prev_log_id: None,
+            entries: entries.collect(),
+            leader_commit: Some(log_id(1, 3, 4)),
+        };
+        let body = append_out(&rpc);
+        let bytes = body.pieces().concat();
+        assert_eq!(bytes.len(), body.len());
+        let plain = peer::AppendRequest {
+            vote: Some(vote_out(&rpc.vote)),
+            prev: None,
+            entries: rpc.entries.iter().map(entry_out).collect(),
+            committed: rpc.leader_commit.as_ref().map(log_id_out),
+        };
+        let found = peer::AppendRequest::decode(&*bytes).unwrap();
+        assert_eq!(found, plain);
+        assert_eq!(bytes.len(), plain.encoded_len());
+        let back = append_in(bytes.into()).unwrap();
+        assert_eq!(format!("{back:?}"), format!("{rpc:?}"));
+    }
 }

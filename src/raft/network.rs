@@ -18,7 +18,7 @@ use crate::raft::codec::{
 };
 use crate::raft::throttle::Throttle;
 use crate::raft::{TypeConfig, Vote};
-use crate::transport::{CallError, Lane, Service, Transport};
+use crate::transport::{Body, CallError, Lane, Service, Transport};
 use crate::types::{GroupId, NodeId};
 use crate::wire::peer;
 
@@ -72,7 +72,7 @@ impl Client {
         &self,
         lane: Lane,
         service: Service,
-        body: Bytes,
+        body: Body,
         deadline: Duration,
     ) -> Result<Bytes, RPCError<TypeConfig>> {
         let answer = (self.transport)
@@ -105,7 +105,7 @@ impl Client {
             let end = (offset + PART_BYTES).min(whole.len());
             request.offset = offset as u64;
             request.state = whole.slice(offset..end);
-            let body: Bytes = request.encode_to_vec().into();
+            let body: Body = request.encode_to_vec().into();
             self.catch_up.take(body.len()).await;
             let answer = self.call(Lane::Bulk, SNAPSHOT, body, PART_PATIENCE).await?;
             let response: peer::SnapshotResponse = codec::decode(answer).map_err(undecodable)?;
@@ -156,7 +156,9 @@ impl RaftNetworkV2<TypeConfig> for Client {
         option: RPCOption,
     ) -> Result<VoteResponse, RPCError<TypeConfig>> {
         let body = codec::vote_request_out(&rpc);
-        let answer = self.call(Lane::Raft, VOTE, body, option.hard_ttl()).await?;
+        let answer = self
+            .call(Lane::Raft, VOTE, body.into(), option.hard_ttl())
+            .await?;
         codec::vote_response_in(answer).map_err(undecodable)
     }
 
@@ -167,7 +169,7 @@ impl RaftNetworkV2<TypeConfig> for Client {
     ) -> Result<VoteResponse, RPCError<TypeConfig>> {
         let body = codec::vote_request_out(&rpc);
         let answer = self
-            .call(Lane::Raft, PRE_VOTE, body, option.hard_ttl())
+            .call(Lane::Raft, PRE_VOTE, body.into(), option.hard_ttl())
             .await?;
         codec::vote_response_in(answer).map_err(undecodable)
     }

@@ -7,6 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use rustix::buffer::spare_capacity;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
@@ -38,6 +39,12 @@ pub trait DiskFile: fmt::Debug + Send + Sync {
     fn size(&self) -> io::Result<u64>;
     /// Fills all of `buf`, or fails.
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()>;
+    /// So many bytes, or fails. Cheaper than [`DiskFile::read_at`] where nothing has to be zeroed before it is read.
+    fn read_new(&self, length: usize, offset: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = vec![0; length];
+        self.read_at(&mut bytes, offset)?;
+        Ok(bytes)
+    }
     /// Writes all of `bytes`, growing the file where needed. Durable only after `sync`.
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()>;
     /// Like [`DiskFile::write_at`], of slices that follow each other. They are left in any state.
@@ -148,6 +155,21 @@ impl DiskFile for File {
 
     fn read_at(&self, buf: &mut [u8], offset: u64) -> io::Result<()> {
         self.read_exact_at(buf, offset)
+    }
+
+    fn read_new(&self, length: usize, offset: u64) -> io::Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(length);
+        while bytes.len() < length {
+            let at = offset + bytes.len() as u64;
+            match rustix::io::pread(self, spare_capacity(&mut bytes), at) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(err) => return Err(err.into()),
+            }
+        }
+        // There may be more room than was asked for.
+        bytes.truncate(length);
+        Ok(bytes)
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<()> {

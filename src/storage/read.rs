@@ -198,9 +198,9 @@ impl GroupLog {
         let together = match run.len() {
             1 => None,
             _ => {
-                let mut bytes = vec![0; usize::try_from(size).map_err(io::Error::other)?];
-                let read = first.segment.file.read_at(&mut bytes, u64::from(start));
-                read.ok().map(|()| Bytes::from(bytes))
+                let size = usize::try_from(size).map_err(io::Error::other)?;
+                let read = first.segment.file.read_new(size, u64::from(start));
+                read.ok().map(Bytes::from)
             }
         };
         for wanted in run.drain(..) {

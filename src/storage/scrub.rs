@@ -200,8 +200,9 @@ impl<F: FnMut(u64) -> bool> Round<'_, F> {
 
 /// Bytes of a file, with zeros where the disk refuses to give them.
 fn read(segment: &Segment, at: u64, length: u64) -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(length).unwrap_or(0)];
-    if segment.file.read_at(&mut bytes, at).is_err() {
+    let length = usize::try_from(length).unwrap_or(0);
+    segment.file.read_new(length, at).unwrap_or_else(|_| {
+        let mut bytes = vec![0; length];
         for (piece, bytes) in bytes.chunks_mut(4096).enumerate() {
             if segment
                 .file
@@ -211,6 +212,6 @@ fn read(segment: &Segment, at: u64, length: u64) -> Vec<u8> {
                 bytes.fill(0);
             }
         }
-    }
-    bytes
+        bytes
+    })
 }

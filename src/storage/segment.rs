@@ -136,9 +136,8 @@ impl Segment {
         if end > self.file.size()? {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
-        let mut bytes = vec![0; frame::HEADER + length as usize];
-        self.file.read_at(&mut bytes, u64::from(offset))?;
-        Ok(bytes)
+        let size = frame::HEADER + length as usize;
+        self.file.read_new(size, u64::from(offset))
     }
 
     /// Whether these bytes are the expected frame, which is given without its payload. Says why not.

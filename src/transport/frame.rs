@@ -9,11 +9,13 @@ use quinn::{RecvStream, SendStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio_util::sync::CancellationToken;
 
+use crate::transport::body::Body;
+
 /// Bytes of `length`.
 const LENGTH: usize = 4;
 /// What one write gathers at most.
 const BATCH_BYTES: usize = 256 * 1024;
-/// Bodies from this size on are handed to QUIC as they are instead of being copied beside others.
+/// Pieces of bodies from this size on are handed to QUIC as they are instead of being copied beside others.
 const OWN_CHUNK_BYTES: usize = 4 * 1024;
 /// Frames that may wait in one outbox; their bytes are bounded by its budget.
 const QUEUE_FRAMES: usize = 4096;
@@ -166,7 +168,7 @@ impl Head {
 struct Queued {
     kind: Kind,
     head: Head,
-    body: Bytes,
+    body: Body,
     /// Gives the bytes back to the outbox's budget once QUIC has taken them.
     _room: OwnedSemaphorePermit,
 }
@@ -211,7 +213,13 @@ impl Outbox {
 
     /// Queues a frame, waiting for room. Frames of one caller stay in order. Cancel-safe: a frame is queued
     /// whole or not at all.
-    pub(super) async fn send(&self, kind: Kind, head: Head, body: Bytes) -> Result<(), Closed> {
+    pub(super) async fn send(
+        &self,
+        kind: Kind,
+        head: Head,
+        body: impl Into<Body>,
+    ) -> Result<(), Closed> {
+        let body = body.into();
         // One frame larger than the whole budget is let through when nothing else waits.
         let bytes = (head.length + body.len() + FRAME_OVERHEAD).min(self.bytes_max);
         let bytes = u32::try_from(bytes).map_err(|_| Closed)?;
@@ -282,11 +290,13 @@ fn encode(batch: &[Queued]) -> Vec<Bytes> {
         small.put_u32_le(length);
         small.put_u8(queued.kind as u8);
         small.put_slice(queued.head.as_slice());
-        if queued.body.len() < OWN_CHUNK_BYTES {
-            small.put_slice(&queued.body);
-        } else {
-            chunks.push(small.split().freeze());
-            chunks.push(queued.body.clone());
+        for piece in queued.body.pieces() {
+            if piece.len() < OWN_CHUNK_BYTES {
+                small.put_slice(piece);
+            } else {
+                chunks.push(small.split().freeze());
+                chunks.push(piece.clone());
+            }
         }
     }
     if !small.is_empty() {

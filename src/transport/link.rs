@@ -15,6 +15,7 @@ use tracing::{debug, info, warn};
 
 use crate::stdx::Backoff;
 use crate::tasks::OnError;
+use crate::transport::body::Body;
 use crate::transport::frame::{self, Frame, FrameReader, Head, Kind, Outbox};
 use crate::transport::server::{CLOSE_BROKEN, CLOSE_REFUSED, CLOSE_STOP};
 use crate::transport::stream::{FrameRx, FrameTx};
@@ -266,7 +267,7 @@ impl Live {
         &self,
         service: Service,
         group: GroupId,
-        body: Bytes,
+        body: Body,
         until: Instant,
     ) -> Answer {
         let node = self.node;

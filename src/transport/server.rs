@@ -249,7 +249,10 @@ impl Calls {
             };
             let seq = Head::default().with(&request.seq.to_le_bytes());
             if let Err(why) = self.start(request, &answers)
-                && answers.send(Kind::Busy, seq, why.into()).await.is_err()
+                && answers
+                    .send(Kind::Busy, seq, Bytes::from(why))
+                    .await
+                    .is_err()
             {
                 return "the peer no longer reads answers".to_owned();
             }

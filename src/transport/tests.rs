@@ -88,7 +88,7 @@ async fn ask(
     body: &'static [u8],
 ) -> Result<Bytes, CallError> {
     let body = Bytes::from_static(body);
-    from.call(NodeId(to), Lane::Raft, service, SHARD, body, SOON)
+    from.call(NodeId(to), Lane::Raft, service, SHARD, body.into(), SOON)
         .await
 }
 
@@ -119,9 +119,9 @@ async fn calls_are_answered_both_ways_on_both_lanes() {
     b.register(COUNT, Arc::new(whoami));
     for lane in [Lane::Raft, Lane::Bulk] {
         let big = Bytes::from(vec![7; 3 << 20]);
-        let call = a.call(NodeId(2), lane, COUNT, SHARD, big.clone(), SOON);
+        let call = a.call(NodeId(2), lane, COUNT, SHARD, big.clone().into(), SOON);
         assert_eq!(call.await.unwrap(), format!("1/3/{}", 3 << 20));
-        let call = b.call(NodeId(1), lane, ECHO, SHARD, big.clone(), SOON);
+        let call = b.call(NodeId(1), lane, ECHO, SHARD, big.clone().into(), SOON);
         assert_eq!(call.await.unwrap(), big);
     }
     assert!(a.connected(NodeId(2)) && b.connected(NodeId(1)));
@@ -172,7 +172,7 @@ async fn a_late_handler_is_dropped_and_its_caller_told() {
     b.register(COUNT, Arc::new(handler));
     ask(a, 2, ECHO, b"").await.unwrap();
     let short = Duration::from_millis(50);
-    let call = a.call(NodeId(2), Lane::Raft, COUNT, SHARD, Bytes::new(), short);
+    let call = a.call(NodeId(2), Lane::Raft, COUNT, SHARD, Body::default(), short);
     assert_eq!(
         call.await.unwrap_err(),
         CallError::Timeout { node: NodeId(2) }
@@ -193,7 +193,14 @@ async fn many_calls_at_once_get_their_own_answers() {
         let body: Bytes = [&n.to_le_bytes()[..], &vec![0; size]].concat().into();
         spawn(async move {
             let answer = a
-                .call(NodeId(2), Lane::Raft, ECHO, SHARD, body.clone(), SOON)
+                .call(
+                    NodeId(2),
+                    Lane::Raft,
+                    ECHO,
+                    SHARD,
+                    body.clone().into(),
+                    SOON,
+                )
                 .await;
             assert_eq!(answer.unwrap(), body);
         })
@@ -233,7 +240,7 @@ async fn a_stuck_handler_delays_nobody_and_is_bounded() {
         Lane::Raft,
         ECHO,
         GroupId(4),
-        Bytes::from_static(b"x"),
+        Bytes::from_static(b"x").into(),
         SOON,
     );
     assert_eq!(other.await.unwrap(), "x");
@@ -555,7 +562,14 @@ async fn a_frame_beyond_the_limit_is_refused() {
     meet(&a, &b);
     // Its own limit is checked before anything is sent.
     let body = Bytes::from(vec![0; 4096]);
-    let call = b.call(NodeId(1), Lane::Raft, ECHO, SHARD, body.clone(), SOON);
+    let call = b.call(
+        NodeId(1),
+        Lane::Raft,
+        ECHO,
+        SHARD,
+        body.clone().into(),
+        SOON,
+    );
     assert!(matches!(call.await, Err(CallError::Refused(_))));
     let (mut tx, _rx) = b.open(NodeId(1), Lane::Raft, ECHO, SHARD).await.unwrap();
     let sent = tx.send(body.clone()).await;
@@ -564,7 +578,7 @@ async fn a_frame_beyond_the_limit_is_refused() {
         "{sent:?}"
     );
     // The peer's limit ends the connection, which says why; the next one works.
-    let call = a.call(NodeId(2), Lane::Raft, ECHO, SHARD, body, SOON);
+    let call = a.call(NodeId(2), Lane::Raft, ECHO, SHARD, body.into(), SOON);
     let err = call.await.unwrap_err();
     assert!(
         matches!(err, CallError::Broken { .. }) && reason(&err).contains("larger than"),

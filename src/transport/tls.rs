@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
-use quinn::{EndpointConfig, IdleTimeout, VarInt};
+use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, VarInt};
 use quinn_proto::HashedConnectionIdGenerator;
 use rustls::RootCertStore;
 use rustls::crypto::CryptoProvider;
@@ -17,6 +17,10 @@ use crate::types::NodeId;
 
 /// Names the protocol in the TLS handshake; the number is raised when the framing changes.
 const ALPN: &[u8] = b"firth/1";
+
+/// Largest datagram, where the network takes it: every packet has its price, whatever its size. quinn hands ten at a time to
+/// the kernel, which takes at most 65,507 bytes and drops what is more.
+const DATAGRAM_BYTES_MAX: u16 = 6_500;
 
 /// Round trips before the first measurement are taken to be this long (quinn: 333 ms), so that a lost first
 /// packet of a dial is sent again in time for the dial to succeed.
@@ -102,6 +106,7 @@ pub(super) fn endpoint_config(identity: &Identity) -> EndpointConfig {
     let reset_key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, reset.as_ref());
     let mut config = EndpointConfig::new(Arc::new(reset_key));
     config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(seed)));
+    (config.max_udp_payload_size(DATAGRAM_BYTES_MAX)).expect("the constant is in bounds");
     config
 }
 
@@ -120,6 +125,8 @@ pub(super) fn is_certificate_of(
 
 fn transport_config(options: &Options, idle: Duration) -> Result<quinn::TransportConfig, Error> {
     let mut config = quinn::TransportConfig::default();
+    let mut discovery = MtuDiscoveryConfig::default();
+    discovery.upper_bound(DATAGRAM_BYTES_MAX);
     let window = |bytes: u32| VarInt::from_u32(bytes);
     config
         .max_idle_timeout(Some(IdleTimeout::try_from(idle).map_err(Error::quic)?))
@@ -127,6 +134,7 @@ fn transport_config(options: &Options, idle: Duration) -> Result<quinn::Transpor
         .max_concurrent_bidi_streams(VarInt::from_u32(options.streams_max))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .datagram_receive_buffer_size(None)
+        .mtu_discovery_config(Some(discovery))
         // A small send window lets one bulk stream stop every other stream of the connection.
         .send_window(u64::from(options.window_bytes))
         .receive_window(window(options.window_bytes))
