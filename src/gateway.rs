@@ -86,6 +86,7 @@ impl Door {
     fn seat(&self, opening: &Opening) -> Seat {
         let (id, now_ms) = (&opening.connection_id, self.broker.now_ms());
         let seat = self.live.take(id, now_ms, self.broker.node());
+        self.departures.came_back(id);
         if opening.resumed {
             self.broker.say_taken(id, now_ms, &self.tasks);
         }

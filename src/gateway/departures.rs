@@ -38,18 +38,39 @@ pub(crate) struct Departures {
     pending: Pending,
 }
 
-/// Connections whose members are about to leave, and from how many channels.
+/// Connections whose members are about to leave.
 #[derive(Clone, Debug, Default)]
-struct Pending(Arc<Mutex<HashMap<String, usize>>>);
+struct Pending(Arc<Mutex<HashMap<String, About>>>);
+
+#[derive(Debug, Default)]
+struct About {
+    /// From how many channels.
+    departures: usize,
+    /// The connection is here again: those that wait for its grace need not go on.
+    came_back: CancellationToken,
+}
 
 impl Pending {
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, usize>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, About>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn add(&self, connection_id: &str) -> OnePending {
-        *self.lock().entry(connection_id.to_owned()).or_default() += 1;
-        OnePending(self.clone(), connection_id.to_owned())
+    /// One more, and what tells that the connection came back after this.
+    fn add(&self, connection_id: &str) -> (OnePending, CancellationToken) {
+        let mut pending = self.lock();
+        let about = pending.entry(connection_id.to_owned()).or_default();
+        about.departures += 1;
+        let came_back = about.came_back.clone();
+        (
+            OnePending(self.clone(), connection_id.to_owned()),
+            came_back,
+        )
+    }
+
+    fn came_back(&self, connection_id: &str) {
+        if let Some(about) = self.lock().get_mut(connection_id) {
+            std::mem::take(&mut about.came_back).cancel();
+        }
     }
 
     fn has(&self, connection_id: &str) -> bool {
@@ -62,9 +83,9 @@ struct OnePending(Pending, String);
 impl Drop for OnePending {
     fn drop(&mut self) {
         let mut pending = self.0.lock();
-        if let Some(count) = pending.get_mut(&self.1) {
-            *count -= 1;
-            if *count == 0 {
+        if let Some(about) = pending.get_mut(&self.1) {
+            about.departures -= 1;
+            if about.departures == 0 {
                 pending.remove(&self.1);
             }
         }
@@ -131,6 +152,11 @@ impl Departures {
         }
     }
 
+    /// A connection has a socket here, which attends its members from now on.
+    pub(super) fn came_back(&self, connection_id: &str) {
+        self.pending.came_back(connection_id);
+    }
+
     /// Sees to it that the members leave. What the same connection published before is stored before; the rest is done
     /// when this has returned, and outlives the conversation.
     pub(super) fn leave(&self, departure: &Departure, when: When) {
@@ -145,14 +171,24 @@ impl Departures {
         };
         let broker = self.broker.clone();
         let (live, connection_id) = (self.live.clone(), departure.connection_id.clone());
-        let pending = (when != When::Now).then(|| self.pending.add(&connection_id));
+        let (pending, came_back) = match when {
+            When::Now => (None, CancellationToken::new()),
+            When::UnlessAttended(_) => {
+                let (pending, came_back) = self.pending.add(&connection_id);
+                (Some(pending), came_back)
+            }
+        };
         self.tasks
             .spawn("gateway.departure", OnError::Log, move |token| async move {
                 let done = async {
                     if let When::UnlessAttended(grace) = when {
-                        tokio::time::sleep(grace).await;
-                        // It came back here: who attends it is the same in the log, and so could not tell. Whom it does
-                        // not know of by its end, the audit finds.
+                        // It came back here: who attends it is the same in the log, and so could not tell. It may be gone
+                        // again by now, and is given the whole grace anew. Whom it does not know of by its end, the audit
+                        // finds.
+                        tokio::select! {
+                            () = tokio::time::sleep(grace) => {}
+                            () = came_back.cancelled() => return,
+                        }
                         if live.has(&connection_id) {
                             return;
                         }
@@ -275,6 +311,22 @@ mod tests {
         let soon = began + LOST_AFTER / 2;
         assert!(lost.due(vec!["a"], place, soon).is_empty());
         assert_eq!(lost.due(vec!["a", "b"], place, began + LOST_AFTER), ["a"]);
+    }
+
+    #[test]
+    fn who_comes_back_is_waited_for_anew() {
+        let pending = Pending::default();
+        let (one, first) = pending.add("c");
+        pending.came_back("d");
+        assert!(!first.is_cancelled());
+        pending.came_back("c");
+        assert!(first.is_cancelled());
+        let (other, second) = pending.add("c");
+        assert!(!second.is_cancelled());
+        drop(one);
+        assert!(pending.has("c"));
+        drop(other);
+        assert!(!pending.has("c"));
     }
 
     #[test]

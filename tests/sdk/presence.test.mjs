@@ -213,6 +213,27 @@ scenario('who comes back to the same node within the grace is not seen leaving',
   await watcher.saw('leave', 'bob', { within: 3_000 });
 });
 
+scenario('who comes back and goes again is given the whole grace', async ({ cluster, clients }) => {
+  const name = 'presence-again-and-again';
+  const watcher = await Watcher.attach(await clients.realtime(2), name);
+  const query = { key: cluster.key, clientId: 'bob', remainPresentFor: '3000' };
+  const { first, connectionKey } = await enterByHand(cluster, query, name);
+  await watcher.saw('enter', 'bob');
+  first.socket.terminate();
+  await pause(500);
+  const second = await RawClient.open(cluster.url(1), { ...query, resume: connectionKey });
+  await second.next(ACTION.CONNECTED);
+  second.send({ action: ACTION.ATTACH, channel: name });
+  await second.next(ACTION.ATTACHED);
+  await pause(1_000);
+  second.socket.terminate();
+  const gone = performance.now();
+  await watcher.saw('leave', 'bob', { within: 10_000 });
+  const stayed = performance.now() - gone;
+  assert.ok(stayed >= 2_900, `left after ${stayed} ms`);
+  assert.equal(watcher.count('leave', 'bob'), 1);
+});
+
 scenario('whom the successor of a connection never learned of leaves all the same', async (given) => {
   const { cluster, clients } = given;
   const name = 'presence-heir';

@@ -105,9 +105,9 @@ export class Observer extends Participant {
     const state = this.attached.get(name) === 'attached' ? 'update' : 'attached';
     channel.serial = channelSerial;
     this.onChannel({ channel: name, state, resumed, attachSerial: channelSerial, reason: error && describe(error) });
-    // What went on meanwhile is in the backlog of a resumed attachment; of a fresh one, members are what SYNC says.
-    channel.listed = resumed ? undefined : new Set();
-    if (!resumed && !(flags & FLAG.HAS_PRESENCE)) this.#onListed(channel, name);
+    // Resumed or not, members are what SYNC says: who left meanwhile is not in it.
+    channel.listed = new Set();
+    if (!(flags & FLAG.HAS_PRESENCE)) this.#onListed(channel, name);
   }
 
   #onSync(channel, { channel: name, channelSerial, presence }) {
