@@ -240,8 +240,8 @@ fn steady_ms() -> u64 {
     steady.at(unix_ms(), elapsed)
 }
 
-/// A clock that waits for one that was set back by going slower: heartbeats come a little late meanwhile, and tokens end a
-/// little early, but both in the end when they should.
+/// A clock that waits for one that was set back by going slower: heartbeats come a little late meanwhile, and tokens are judged
+/// by a time that is ahead, until it has.
 struct Steady {
     /// Of a millisecond, since 1970.
     quarters: u64,

@@ -16,6 +16,8 @@ use crate::wire::peer;
 
 const RELAY: Service = Service(28);
 
+/// Counted apart from every group of Raft: clients' requests take no place of theirs.
+const PLACES: GroupId = GroupId(u32::MAX);
 /// How long the other node may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Requests on their way to other nodes. Each takes one of the streams that nodes allow each other.
@@ -92,8 +94,8 @@ impl Cluster {
         let place = self.0.relay.places.try_acquire();
         let _place = place.map_err(|_| ErrorInfo::from(ErrorCode::Busy))?;
         let body = asked.encode_to_vec().into();
-        let (transport, group) = (&self.0.transport, GroupId::CONTROL);
-        let answer = transport.call(node, Lane::Bulk, RELAY, group, body, PATIENCE);
+        let transport = &self.0.transport;
+        let answer = transport.call(node, Lane::Bulk, RELAY, PLACES, body, PATIENCE);
         let answer = answer.await.map_err(|err: CallError| gone(&err))?;
         let answer = peer::RelayedResponse::decode(answer).map_err(|err| gone(&err))?;
         match answer.error_code {

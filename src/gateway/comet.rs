@@ -25,7 +25,7 @@ const RECEIVE_PATIENCE: Duration = Duration::from_secs(30);
 /// Bytes that wait for a client before the conversation waits for it.
 const WAITING_BYTES_MAX: usize = 256 * 1024;
 /// No frame, as an array.
-const NOTHING: Bytes = Bytes::from_static(b"[]");
+pub(super) const NOTHING: Bytes = Bytes::from_static(b"[]");
 /// Frames in one `send`.
 const FRAMES_MAX: usize = 1024;
 
@@ -44,6 +44,8 @@ pub(super) struct Ends {
     incoming: mpsc::Sender<Frame>,
     /// What waits goes out as it comes, for as long as the request lasts.
     streams: bool,
+    /// Held by who brings frames for another node.
+    sending: Arc<tokio::sync::Mutex<()>>,
 }
 
 /// What waits for the client.
@@ -117,6 +119,7 @@ impl Comets {
             mailbox: mailbox.clone(),
             incoming: incoming_tx,
             streams,
+            sending: Arc::default(),
         };
         self.lock().insert(key.to_owned(), ends.clone());
         let wire = CometWire {
@@ -159,6 +162,18 @@ impl Ends {
             self.incoming.send(frame).await.map_err(|_| over())?;
         }
         Ok(())
+    }
+
+    /// As [`Ends::send`], for another node, which may have given up since: one at a time, so that a conversation that takes
+    /// nothing holds no more than that.
+    ///
+    /// # Errors
+    /// As [`Ends::send`]; `Busy` while an earlier one goes on.
+    pub(super) async fn send_alone(&self, body: &[u8]) -> Result<(), ErrorInfo> {
+        let what = "an earlier request of the connection is not done";
+        let alone = self.sending.try_lock();
+        let _alone = alone.map_err(|_| ErrorInfo::new(ErrorCode::Busy, what))?;
+        self.send(body).await
     }
 
     /// Has the conversation hear that the client closes or disconnects.

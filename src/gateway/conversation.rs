@@ -37,6 +37,8 @@ struct Attachment {
     follower: Option<Follower>,
     /// What the client was told of the members is as of this: presence records up to it say nothing new.
     members_as_of: Option<Serial>,
+    /// Clients of this connection that were members then.
+    own_members: BTreeSet<String>,
     occupying: Occupying,
     /// While the client hears of the channel's occupancy.
     hearing: Option<Hearing>,
@@ -131,6 +133,10 @@ impl<W: Wire> Conversation<W> {
         lifecycle.connection_opened(&app, &connection_id, client_id.as_deref());
         self.converse(&seat, &token).await;
         lifecycle.connection_closed(&app, &connection_id, client_id.as_deref());
+        // It may have been busy writing to a socket that was gone when its successor came.
+        if seat.is_superseded() {
+            self.session.handle_taken_over(steady_ms());
+        }
         let grace = Duration::from_millis(self.session.remain_present_for_ms());
         for (channel, members) in self.session.handle_gone(steady_ms()) {
             let departure = self.departure(channel, members);
@@ -450,10 +456,16 @@ impl<W: Wire> Conversation<W> {
             broker::Continuity::Resumed { backlog } => Continuity::Resumed { backlog },
             broker::Continuity::Lost => Continuity::Lost,
         };
+        let own = started
+            .members
+            .iter()
+            .filter(|member| member.connection_id.as_deref() == Some(self.session.connection_id()));
+        let own_members = own.filter_map(|member| member.client_id.clone()).collect();
         let attachment = Attachment {
             slot,
             follower: wanted.then_some(started.follower),
             members_as_of: members.then_some(started.as_of),
+            own_members,
             occupying,
             hearing,
         };
@@ -554,9 +566,13 @@ impl<W: Wire> Conversation<W> {
         let members_as_of = attachment.members_as_of;
         let mut unreadable = false;
         for record in polled.records {
-            let left = self.own_members_left(&record);
             let told = record.is_presence()
                 && members_as_of.is_some_and(|as_of| record.at.serial <= as_of);
+            let mut left = self.own_members_left(&record);
+            if told {
+                // Who was in after that has come again since.
+                left.retain(|client_id| !self.was_listed(&channel, client_id));
+            }
             let bytes = match told {
                 true => None,
                 false => self.bytes_for(&channel, &record, !left.is_empty()),
@@ -612,6 +628,12 @@ impl<W: Wire> Conversation<W> {
             return Some(record.frame(format).clone());
         }
         Some(record.frame_as(delivery.name, format))
+    }
+
+    /// Whether this connection's client was a member when the channel was attached.
+    fn was_listed(&self, channel: &ChannelName, client_id: &str) -> bool {
+        let attachment = self.attachments.get(channel);
+        attachment.is_some_and(|attachment| attachment.own_members.contains(client_id))
     }
 
     /// Members of this connection that somebody else had leave.

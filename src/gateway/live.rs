@@ -109,6 +109,11 @@ impl Seat {
     pub(crate) async fn superseded(&self) {
         self.superseded.cancelled().await;
     }
+
+    /// Whether one has.
+    pub(crate) fn is_superseded(&self) -> bool {
+        self.superseded.is_cancelled()
+    }
 }
 
 impl Drop for Seat {

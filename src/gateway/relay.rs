@@ -1,12 +1,12 @@
 //! Comet requests that reach another node than the one that holds their conversation: behind a balancer each may come to
 //! any. The connection key's salt names the node that minted it, so no node has to search.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
 use crate::broker::Broker;
-use crate::gateway::comet::{Comets, Ends};
+use crate::gateway::comet::{Comets, Ends, NOTHING};
 use crate::gateway::random_id;
 use crate::types::{ErrorCode, ErrorInfo, NodeId};
 use crate::wire::ably::Action;
@@ -14,6 +14,9 @@ use crate::wire::peer::{Relayed, relayed};
 
 /// How long a relayed `recv` waits for something to come; then the client asks again.
 const WAIT: Duration = Duration::from_secs(15);
+/// How long the other node waits at a time: nobody tells it when the client is gone, and what it takes then is lost to a client
+/// that goes on as if nothing had happened.
+const WAIT_AT_A_TIME: Duration = Duration::from_secs(1);
 
 /// The salt of a connection key that this node mints.
 pub(super) fn salt(node: NodeId) -> String {
@@ -44,15 +47,34 @@ pub(super) fn place(comets: &Comets, broker: &Broker, key: &str) -> Result<Place
     }
 }
 
+/// Frames that wait at the node that holds the conversation, or none after a while: a JSON array.
+///
+/// # Errors
+/// As [`Broker::relay`].
+pub(super) async fn receive(broker: &Broker, node: NodeId, key: &str) -> Result<Bytes, ErrorInfo> {
+    let asked = Relayed {
+        connection_key: key.to_owned(),
+        action: relayed::Action::Receive.into(),
+        body: Bytes::new(),
+    };
+    let until = Instant::now() + WAIT;
+    loop {
+        let array = broker.relay(node, &asked).await?;
+        if array != NOTHING || Instant::now() >= until {
+            return Ok(array);
+        }
+    }
+}
+
 /// Carries out what another node relays.
 ///
 /// # Errors
-/// `Disconnected` when the conversation is not here, or over; as [`Ends::send`].
+/// `Disconnected` when the conversation is not here, or over; as [`Ends::send_alone`].
 pub(super) async fn carry_out(comets: Comets, asked: Relayed) -> Result<Bytes, ErrorInfo> {
     let ends = comets.find(&asked.connection_key)?;
     match relayed::Action::try_from(asked.action) {
-        Ok(relayed::Action::Receive) => return ends.receive_within(WAIT).await,
-        Ok(relayed::Action::Send) => ends.send(&asked.body).await?,
+        Ok(relayed::Action::Receive) => return ends.receive_within(WAIT_AT_A_TIME).await,
+        Ok(relayed::Action::Send) => ends.send_alone(&asked.body).await?,
         Ok(relayed::Action::Close) => ends.say(Action::Close).await?,
         Ok(relayed::Action::Disconnect) => ends.say(Action::Disconnect).await?,
         Err(err) => return Err(ErrorInfo::new(ErrorCode::Internal, err.to_string())),

@@ -124,7 +124,7 @@ impl OwnMembers {
                 .or_else(|| self.state(&client_id));
             let member = state.and_then(Option::as_ref);
             match (event.action, member) {
-                (Some(PresenceAction::Leave), None) if self.known => {
+                (Some(PresenceAction::Leave), None) if self.known && !self.is_lost(&client_id) => {
                     planned.without.push(place);
                     continue;
                 }
@@ -149,6 +149,12 @@ impl OwnMembers {
             planned.events.push(event);
         }
         planned
+    }
+
+    /// Whether it would be entered again.
+    fn is_lost(&self, client_id: &str) -> bool {
+        let member = self.members.get(client_id);
+        member.is_some_and(|member| member.lost.is_some())
     }
 
     fn state(&self, client_id: &str) -> Option<&State> {

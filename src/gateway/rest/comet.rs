@@ -50,7 +50,7 @@ pub(super) async fn receive(State(door): State<Door>, asked: Asked) -> Answer {
         match place(&door, &asked)? {
             Place::Here(ends) => ends.receive().await,
             Place::Elsewhere(node) => {
-                let array = relay(&door, node, &asked, relayed::Action::Receive, Bytes::new());
+                let array = relay::receive(&door.broker, node, asked.segment("key"));
                 let mut line = BytesMut::from(&array.await?[..]);
                 // To whom it should be a stream, it is one of one line.
                 line.extend_from_slice(b"\n");

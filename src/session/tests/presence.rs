@@ -703,6 +703,20 @@ fn a_member_that_was_removed_by_mistake_enters_again() {
     assert_eq!(drain(&mut session), []);
     assert_eq!(removed(&mut session, &name("c")), []);
     assert_eq!(removed(&mut session, &name("x")), []);
+
+    // It leaves while it waits to be entered again.
+    enter(&mut session, 3, "me", "hi");
+    let (ticket, ..) = record(&removed(&mut session, &name("c")));
+    session.handle_published(ticket, Err(ErrorCode::Busy.into()), NOW);
+    let (ticket, ..) = record(&events(&mut session, 4, json!([{"action": 3}])));
+    session.handle_published(ticket, Ok(None), NOW);
+    drain(&mut session);
+    session.handle_tick(NOW + 9000);
+    let effects = drain(&mut session);
+    let again = effects
+        .iter()
+        .any(|effect| matches!(effect, Effect::Publish { .. }));
+    assert!(!again, "{effects:?}");
     assert_eq!(session.handle_gone(NOW), []);
 
     // Removed because the client left.
