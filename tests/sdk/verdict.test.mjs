@@ -235,6 +235,15 @@ finds(
     .stored(1, [1, 2, 3]),
 );
 finds('the second lies first', 'publisher-order', new Script().published('p', 2).published('p', 1).stored(1, [1, 2]));
+const numbered = (...numbers) =>
+  numbers.reduce(
+    (script, number, i) =>
+      script.add('message', { client: 'a', channel: C, text: `m${i + 1}`, serial: serial(i + 1), id: `p:${number}:0` }),
+    new Script().attached('a').published('p', 2).published('p', 1),
+  );
+finds('the second lies first, and has a greater number', 'publisher-order', numbered(8, 7).stored(1, [1, 2]));
+test('publishers: the client numbered them in the order of the log', () =>
+  assert.deepEqual(names(numbered(7, 8).stored(1, [1, 2])), []));
 finds('neither acknowledged nor refused', 'unanswered', new Script().published('p', 1, { acked: null }));
 finds('the log reaches back', 'needless-loss', good().attached('a', { from: point(3) }));
 finds('told of the present, unasked', 'needless-loss', good().attached('a', { from: point(3), state: 'update' }));
