@@ -314,6 +314,44 @@ scenario('occupancy forgets who was on a node that died', async (given) => {
   );
 });
 
+for (const sdk of BOTH) {
+  scenario(`ably-js ${sdk}: what was asked of its channels holds after the death of the node`, async (given) => {
+    const { cluster, clients } = given;
+    const { keys } = await createApp(cluster, { keys: [{ capability: '{"[*]*":["*"]}' }] });
+    const { client, line } = await clients.roaming(1, { sdk, key: keys[0] });
+    const of = (name) => `shaped-${name}-${sdk}`;
+    const quiet = await attach(client, of('quiet'), { params: { echo: 'false' } });
+    const deaf = await attach(client, of('modes'), { modes: ['SUBSCRIBE'] });
+    const crowd = await attach(client, of('crowd'), { params: { occupancy: 'metrics.subscribers' } });
+    const meta = await attach(client, '[meta]connection.lifecycle');
+    await cluster.without(1, async () => {
+      const back = () => [quiet, deaf, crowd, meta].every(({ channel }) => channel.state === 'attached');
+      await until(() => line.came.size > 1 && client.connection.state === 'connected' && back(), {
+        what: 'the client and its channels to be back',
+      });
+      const other = await clients.realtime(3, { sdk, key: keys[0], clientId: 'ada' });
+      const channel = other.channels.get(of('quiet'));
+      await channel.attach();
+      await quiet.channel.publish('m', 'mine');
+      await channel.publish({ name: 'm', data: 'theirs', extras: { ephemeral: true } });
+      await until(() => quiet.data.includes('theirs'), { what: 'the message of another' });
+      assert.deepEqual(quiet.data, ['theirs']);
+      assert.deepEqual(await texts(clients.rest(2, { key: keys[0] }), of('quiet')), ['mine']);
+      assert.equal((await refusal(deaf.channel.publish('m', 'no'))).code, 40165);
+      await other.channels.get(of('crowd')).subscribe(() => {});
+      const counted = () => crowd.data.some(({ metrics }) => metrics?.subscribers === 2);
+      await until(counted, { what: 'two subscribers', within: 45_000 });
+      const told = () => meta.data.some(({ connectionId }) => connectionId === other.connection.id);
+      await until(told, { what: 'the other connection to be told of' });
+    });
+  });
+}
+
+/** The texts of a channel's history. */
+async function texts(rest, name) {
+  return (await history(rest, name)).map(({ data }) => data);
+}
+
 scenario('who may not hear of metachannels is told so, and there are no others', async ({ clients }) => {
   const client = await clients.realtime(3);
   assert.equal((await refusal(client.channels.get('[meta]channel.lifecycle').attach())).code, 40160);
