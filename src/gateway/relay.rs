@@ -59,8 +59,11 @@ pub(super) async fn receive(broker: &Broker, node: NodeId, key: &str) -> Result<
     };
     let until = Instant::now() + WAIT;
     loop {
+        let began = Instant::now();
         let array = broker.relay(node, &asked).await?;
-        if array != NOTHING || Instant::now() >= until {
+        // Nothing at once: another request has taken this one's place, and keeps it.
+        let replaced = began.elapsed() < WAIT_AT_A_TIME;
+        if array != NOTHING || replaced || Instant::now() >= until {
             return Ok(array);
         }
     }

@@ -109,12 +109,15 @@ export class Cluster {
     );
   }
 
-  /** A channel name that starts with `prefix` and whose shard is led by node `id`. */
+  /** A channel name that starts with `prefix` and whose shard is led by node `id`, awaited: a cluster that has just
+   * started spreads its leaders for some seconds. */
   async channelLedBy(id, prefix) {
-    for (let i = 0; i < 200; i++) {
-      if ((await this.leaderOf(`${prefix}-${i}`)) === id) return `${prefix}-${i}`;
-    }
-    throw new Error(`node ${id} leads none of 200 channels: leaders are not spread`);
+    const names = Array.from({ length: 200 }, (_, i) => `${prefix}-${i}`);
+    const found = async () => {
+      for (const name of names) if ((await this.leaderOf(name)) === id) return name;
+      return false;
+    };
+    return until(found, { what: `node ${id} to lead one of ${names.length} channels`, within: 30_000, every: 200 });
   }
 
   /** Which living node carries which partitions of a Kafka topic into channels: node number → partition numbers. */
