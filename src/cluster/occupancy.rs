@@ -86,7 +86,10 @@ impl Own {
             }
         };
         let asked: Vec<ChannelKey> = self.watched.keys().cloned().collect();
-        if counts.is_empty() && asked.is_empty() && self.counts.is_empty() && !self.unsure {
+        // A leader that was elected again has what it was told in its former term.
+        let told_elsewhere = whole && self.told.is_some();
+        let nothing = counts.is_empty() && asked.is_empty() && self.counts.is_empty();
+        if nothing && !self.unsure && !told_elsewhere {
             self.told = None;
             return vec![];
         }
